@@ -1,0 +1,1 @@
+"""KV-cache product quantization for transformers models."""

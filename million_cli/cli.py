@@ -1,0 +1,5 @@
+"""Typer commands, nothing else."""
+
+
+def main() -> None:
+    raise NotImplementedError
