@@ -1,0 +1,48 @@
+# Two commands do everything: `make demo` and `make test`.  Both set up their own virtual environment first and
+# are cheap to repeat.  `VENV=none` uses the current Python and installs nothing.
+
+PYTHON ?= python3
+VENV   ?= .venv
+EXTRAS := cpu,plots,sweep,longbench,dev
+
+ifeq ($(VENV),none)
+  PY    := PYTHONPATH=$(CURDIR) $(PYTHON)
+  SETUP :=
+else
+  PY    := $(VENV)/bin/python
+  SETUP := $(VENV)/.installed
+endif
+
+.PHONY: demo test smoke lint format kernels-check clean
+.DEFAULT_GOAL := demo
+
+demo: $(SETUP)
+	$(PY) -m million_cli run experiment=demo --multirun cache=dense,contiguous,paged
+	$(PY) -m million_cli report experiment=demo
+
+test: $(SETUP)
+	$(PY) -m pytest tests -n 2 --ignore=tests/gpu
+
+smoke: $(SETUP)
+	$(PY) -m million_cli run experiment=smoke
+
+lint: $(SETUP)
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+	PYTHONPATH=. $(if $(filter none,$(VENV)),,$(VENV)/bin/)lint-imports
+
+format: $(SETUP)
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+clean:
+	rm -rf outputs multirun build dist .pytest_cache .hypothesis .ruff_cache .mypy_cache .import_linter_cache
+
+# Re-made when what is installed changes; the stamp is written last, so a broken install is repeated.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "million needs Python >= 3.11, this is %d.%d; set PYTHON=/path/to/python3" % v[:2])'
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) (the first time downloads torch and friends) ..."
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
