@@ -1,0 +1,247 @@
+"""The record of one job and the CSV it is kept in.  Knows nothing of the rest of the package.
+
+A record is one row.  Columns, in this order:
+
+    run, verb, status, started, duration_s      which job; status is ok, refused (user's mistake) or failed
+    command, commit, host, device, dtype, ...   where it came from (`Provenance`)
+    <metric>                                    what was measured, units in the name
+    fallbacks, error                            `; `-separated reasons; error text (with traceback if failed)
+    config.<path>                               the whole configuration, flattened
+
+A file grows new columns when a record has them; earlier rows then hold empty cells.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock
+
+from million_cli.errors import UserError
+from million_cli.files import write_text
+
+Scalar = str | int | float | bool | None
+Status = Literal["ok", "refused", "failed"]
+
+HEAD = ("run", "verb", "status", "started", "duration_s")
+TAIL = ("fallbacks", "error")
+LOCK_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a record came from."""
+
+    command: str
+    commit: str
+    host: str
+    python: str
+    million: str
+    torch: str
+    transformers: str
+    device: str = ""
+    dtype: str = ""
+
+    @classmethod
+    def here(cls, device: str = "", dtype: str = "") -> Provenance:
+        """This process: its command line, versions and, in a checkout, the git commit (`+dirty` if changed)."""
+        return cls(
+            command=os.environ.get("MILLION_COMMAND") or " ".join(sys.argv),
+            commit=git_commit(),
+            host=platform.node(),
+            python=platform.python_version(),
+            million=version("million"),
+            torch=version("torch"),
+            transformers=version("transformers"),
+            device=device,
+            dtype=dtype,
+        )
+
+
+@dataclass(frozen=True)
+class Record:
+    """One job: what was asked, where it ran, what came out."""
+
+    run: str
+    verb: str
+    status: Status
+    started: str
+    duration_s: float
+    provenance: Provenance
+    config: Mapping[str, Any]
+    metrics: Mapping[str, Scalar] = field(default_factory=dict)
+    fallbacks: Sequence[str] = ()
+    error: str = ""
+
+    def row(self) -> dict[str, Scalar]:
+        """The record as one flat row; see the module's head for the columns."""
+        head: dict[str, Scalar] = {
+            "run": self.run,
+            "verb": self.verb,
+            "status": self.status,
+            "started": self.started,
+            "duration_s": round(self.duration_s, 3),
+            **asdict(self.provenance),
+        }
+        tail: dict[str, Scalar] = {"fallbacks": "; ".join(self.fallbacks), "error": self.error}
+        clash = (head.keys() | tail.keys()) & self.metrics.keys()
+        assert not clash, f"metrics named like fixed columns: {clash}"
+        return {**head, **self.metrics, **tail, **flatten(self.config, "config")}
+
+    def save(self, folder: Path) -> Path:
+        """Append the row to `folder/results.csv` and write it whole to `folder/records/`.
+
+        Returns:
+            The CSV's path.
+
+        Raises:
+            UserError: the folder cannot be written; nothing recorded earlier is lost.
+        """
+        table = folder / "results.csv"
+        stamp = self.started.replace(":", "").replace("+0000", "Z")
+        name = f"{stamp}-{self.verb}-{os.getpid()}-{datetime.now(UTC):%f}.json"
+        content = {**asdict(self), "fallbacks": list(self.fallbacks)}
+        write_text(folder / "records" / name, json.dumps(content, indent=1, default=str) + "\n")
+        append_row(table, self.row())
+        return table
+
+
+def now() -> str:
+    """The present as ISO 8601 in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:
+    """Nested mappings as `a.b.c` keys; sequences become JSON text.
+
+    Example: {"a": {"b": 1}, "c": [1, 2]} -> {"a.b": 1, "c": "[1, 2]"}.
+    """
+    flat: dict[str, Scalar] = {}
+    for key, value in tree.items():
+        name = f"{prefix}.{key}" if prefix else str(key)
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, name))
+        elif isinstance(value, (list, tuple)):
+            flat[name] = json.dumps(list(value), default=str)
+        else:
+            flat[name] = value
+    return flat
+
+
+def append_row(path: Path, row: Mapping[str, Scalar]) -> None:
+    """Append `row` to the CSV at `path`, adding the columns it lacks.
+
+    The file is rewritten beside itself and renamed under a lock, so two processes lose nothing and a crash
+    leaves the old file.
+
+    Raises:
+        UserError: the folder cannot be written, or the file there is no CSV of ours.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock", timeout=LOCK_TIMEOUT_S):
+            columns, rows = read_rows(path) if path.exists() else ([], [])
+            rows.append({key: _cell(value) for key, value in row.items()})
+            write_text(path, _to_csv(merge_columns(columns, list(row)), rows))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Scalar]]) -> None:
+    """Write a whole CSV at once (columns: the union, in order of first appearance)."""
+    columns: list[str] = []
+    for row in rows:
+        columns = merge_columns(columns, list(row))
+    write_text(path, _to_csv(columns, [{k: _cell(v) for k, v in row.items()} for row in rows]))
+
+
+def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Columns and rows of a results CSV, every cell as text.
+
+    Raises:
+        UserError: no such file, or it has no `run` column.
+    """
+    if not path.is_file():
+        raise UserError(f"no results at {path}: run `million eval` or `million run` first, or name a results CSV")
+    csv.field_size_limit(1 << 26)
+    with path.open(encoding="utf-8", newline="") as handle:
+        reader = csv.DictReader(handle)
+        rows = list(reader)
+    columns = list(reader.fieldnames or [])
+    if "run" not in columns or any(None in row or None in row.values() for row in rows):
+        raise UserError(f"{path} is not a results CSV (a header with the column `run` and equally long rows)")
+    return columns, rows
+
+
+def merge_columns(old: Sequence[str], new: Sequence[str]) -> list[str]:
+    """All of `old` in order; each new name goes right behind its neighbour in `new`.
+
+    So a new metric lands among the metrics and a new setting among the settings.
+    """
+    merged = list(old)
+    known = set(merged)
+    place = 0
+    for name in new:
+        if name in known:
+            place = merged.index(name) + 1
+        else:
+            merged.insert(place, name)
+            known.add(name)
+            place += 1
+    return merged
+
+
+def version(package: str) -> str:
+    """The installed version of a distribution, found without importing it."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        if package == "million":
+            from million_cli import __version__
+
+            return __version__
+        return "not installed"
+
+
+@cache
+def git_commit() -> str:
+    """The commit of the checkout this package runs from, `+dirty` if tracked files differ, "" outside one."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "pyproject.toml").is_file():
+        return ""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20, check=True
+        ).stdout.strip()
+
+    try:
+        dirty = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short=12", "HEAD") + ("+dirty" if dirty else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _cell(value: Scalar) -> str:
+    return "" if value is None else repr(value) if isinstance(value, float) else str(value)
+
+
+def _to_csv(columns: Sequence[str], rows: Iterable[Mapping[str, str]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
