@@ -1,57 +1,89 @@
-"""Writing files so that a crash or a full disk never leaves half of one."""
+"""Files that are either whole or absent: written beside their place, then renamed onto it.
+
+Every writer here raises a `UserError` when the file cannot be written (no such folder, no permission, disk
+full) and leaves neither a partial file nor a temporary one; a file that was there before stays as it was.
+"""
 
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Iterator
+import secrets
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from million_cli.errors import UserError
 
+if TYPE_CHECKING:
+    import torch
+
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is synced and renamed to `path`, else removed.
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path in the folder of `path`; what the body writes there becomes `path` if it ends well.
+
+    Missing parent folders are made.  The data is synced before the rename, so a crash leaves the old file.
 
     Raises:
-        UserError: the folder cannot be made or written, or the disk is full; `path` is then unchanged.
+        UserError: an `OSError` inside the body or at the rename, with the path and the system's reason.
     """
-    temp: Path | None = None
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-        os.close(handle)
-        temp = Path(name)
-        yield temp
-        _sync(temp)
-        os.chmod(temp, 0o666 & ~_umask())
-        os.replace(temp, path)
-        temp = None
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        if temp is not None:
-            temp.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` (UTF-8) in one step.
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write `data` to `path`, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write `text` to `path` as UTF-8 without newline translation, atomically."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_safetensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write tensors (any device; made contiguous) and string metadata as one safetensors file, atomically."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with atomic_path(path) as temporary:
+        try:
+            save_file(
+                {k: t.detach().contiguous() for k, t in tensors.items()}, temporary, dict(metadata or {})
+            )
+        except SafetensorError as error:  # how safetensors reports a full disk
+            raise OSError(str(error)) from error
+
+
+def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors (on the CPU) and metadata of a safetensors file.
 
     Raises:
-        UserError: as `atomic_path`.
+        UserError: the file is missing, unreadable or not a safetensors file.
     """
-    with atomic_path(path) as temp:
-        temp.write_text(text, encoding="utf-8", newline="")
+    from safetensors import SafetensorError, safe_open
 
-
-def _sync(path: Path) -> None:
-    with path.open("rb+") as handle:
-        os.fsync(handle.fileno())
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no such file: {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a readable safetensors file: {error}") from error

@@ -1,0 +1,22 @@
+"""Product quantization: codebooks, their training, vectors to codes and back."""
+
+from million_cli.pq.codebook import Codebook, CodebookMeta, LayerPQ, ProductQuantizer
+from million_cli.pq.codec import decode, encode
+from million_cli.pq.packing import code_dtype, pack_bits, packed_bytes, unpack_bits
+from million_cli.pq.train import TrainSpec, train_codebook, train_quantizer
+
+__all__ = [
+    "Codebook",
+    "CodebookMeta",
+    "LayerPQ",
+    "ProductQuantizer",
+    "TrainSpec",
+    "code_dtype",
+    "decode",
+    "encode",
+    "pack_bits",
+    "packed_bytes",
+    "train_codebook",
+    "train_quantizer",
+    "unpack_bits",
+]

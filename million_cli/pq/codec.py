@@ -1,0 +1,135 @@
+"""Vectors to codes and back, in torch: the definition that every other encoder agrees with.
+
+A code is the lowest index among the centroids at the least squared Euclidean distance, the distance being the
+direct sum of squared differences over the dimensions of the subspace, in float32 (float64 for float64 input).
+The shorter form |c|^2/2 - x.c is not used: it cancels where vectors lie far from the origin, as keys do, and
+a decoded vector would not always be encoded to its own code.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from million_cli.errors import UserError
+from million_cli.pq.codebook import LayerPQ
+from million_cli.pq.packing import code_dtype
+from million_cli.pq.rotation import rotate, unrotate
+
+Backend = Literal["torch", "keops"]
+BACKENDS: tuple[Backend, ...] = ("torch", "keops")
+
+# Elements of one block of distances: a core's share of cache on a CPU, a small part of a GPU's memory.
+_BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25}
+# Elements of input turned to float32 (or decoded through int32 indices) at a time.
+_SLICE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
+_ARGMIN_BLOCK = 32
+
+
+def encode(x: Tensor, pq: LayerPQ, backend: Backend = "torch") -> Tensor:
+    """Nearest centroids of x [B, Hkv, T, D] (any float dtype) -> codes [B, Hkv, T, M], uint8 or uint16.
+
+    x is rotated first if the quantizer has a rotation.  Working memory is bounded whatever T is.
+
+    Raises:
+        UserError: an unknown backend, or one that this machine lacks.
+    """
+    if backend not in BACKENDS:
+        raise UserError(f"encoder={backend}: accepted are {', '.join(BACKENDS)}")
+    if backend == "keops":
+        from million_cli.pq.codec_keops import nearest
+    else:
+        nearest = nearest_centroid
+    B, H, T, D = x.shape
+    spec, centroids = pq.spec, pq.centroids
+    assert spec.head_dim == D and centroids.shape[0] in (1, H), (x.shape, centroids.shape)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    centroids = centroids.to(dtype).flatten(0, 1)  # [Hc * M, C, dsub]
+    codes = torch.empty(B, H, T, spec.M, dtype=code_dtype(spec.nbits), device=x.device)
+    step = max(1, _budget(_SLICE_ELEMENTS, x.device) // (B * H * D))
+    for start in range(0, T, step):
+        part = rotate(x[:, :, start : start + step].to(dtype), pq.rotation)
+        t = part.shape[2]
+        points = part.reshape(B, H, t, spec.M, spec.dsub)
+        if pq.centroids.shape[0] == 1:  # every head shares the centroids: one long list of points a subspace
+            found = nearest(points.permute(3, 0, 1, 2, 4).reshape(spec.M, B * H * t, spec.dsub), centroids)
+            found = found.view(spec.M, B, H, t).permute(1, 2, 3, 0)
+        else:
+            found = nearest(points.permute(1, 3, 0, 2, 4).reshape(H * spec.M, B * t, spec.dsub), centroids)
+            found = found.view(H, spec.M, B, t).permute(2, 0, 3, 1)
+        codes[:, :, start : start + step] = found.to(codes.dtype)
+    return codes
+
+
+def decode(codes: Tensor, pq: LayerPQ, dtype: torch.dtype, rotated: bool = False) -> Tensor:
+    """Centroids of codes [B, Hkv, T, M] -> [B, Hkv, T, D] in `dtype`.
+
+    With `rotated` the result stays in the rotated space, where q_rot . k_rot are the scores; otherwise the
+    rotation is undone (in float32, float64 for float64).  Without a rotation both are the same.
+    """
+    B, H, T, M = codes.shape
+    spec, (Hc, _, C, dsub) = pq.spec, pq.centroids.shape
+    assert spec.M == M and Hc in (1, H), (codes.shape, pq.centroids.shape)
+    undo = pq.rotation is not None and not rotated
+    table_dtype = torch.promote_types(dtype, torch.float32) if undo else dtype
+    table = pq.centroids.to(table_dtype).view(Hc * M * C, dsub)
+    first_row = (torch.arange(Hc * M, dtype=torch.int32, device=codes.device) * C).view(Hc, 1, M)
+    out = torch.empty(B, H, T, spec.head_dim, dtype=dtype, device=codes.device)
+    step = max(1, _budget(_SLICE_ELEMENTS, codes.device) // (B * H * spec.head_dim))
+    for start in range(0, T, step):
+        part = F.embedding(codes[:, :, start : start + step].to(torch.int32) + first_row, table).flatten(-2)
+        out[:, :, start : start + step] = unrotate(part, pq.rotation) if undo else part
+    return out
+
+
+def nearest_centroid(points: Tensor, centroids: Tensor) -> Tensor:
+    """Index of the nearest centroid: points [N, n, dsub], centroids [N, C, dsub] -> int64 [N, n].
+
+    Distances are computed block by block in the dtype of the points; ties go to the lowest index.
+    """
+    N, n, dsub = points.shape
+    C = centroids.shape[1]
+    budget = _budget(_BLOCK_ELEMENTS, points.device)
+    rows = max(1, min(n, budget // C))
+    problems = max(1, budget // (C * rows))
+    by_dim = centroids.permute(2, 0, 1).contiguous()  # [dsub, N, C]: a dimension's centroids are contiguous
+    total, difference = points.new_empty(2, min(N, problems) * rows * C)
+    found = torch.empty(N, n, dtype=torch.int64, device=points.device)
+    for i in range(0, N, problems):
+        for r in range(0, n, rows):
+            block = points[i : i + problems, r : r + rows]
+            shape = (*block.shape[:2], C)
+            total_block = total[: math.prod(shape)].view(shape)
+            difference_block = difference[: math.prod(shape)].view(shape)
+            for j in range(dsub):
+                target = difference_block if j else total_block
+                torch.sub(block[..., j, None], by_dim[j, i : i + problems, None], out=target)
+                if j:
+                    total_block.addcmul_(target, target)
+                else:
+                    total_block.square_()
+            found[i : i + problems, r : r + rows] = first_argmin(total_block)
+    return found
+
+
+def first_argmin(values: Tensor) -> Tensor:
+    """argmin over the last dimension, the first of equals: [..., C] contiguous -> int64 [...].
+
+    On a CPU torch's argmin is scalar while amin is vectorised, so the least block is found first.
+    """
+    C = values.shape[-1]
+    if values.device.type != "cpu" or C <= _ARGMIN_BLOCK:  # C is a power of two
+        return values.argmin(-1)
+    blocks = values.view(-1, C // _ARGMIN_BLOCK, _ARGMIN_BLOCK)
+    block = blocks.amin(-1).argmin(-1)
+    row_start = torch.arange(0, blocks.shape[0] * blocks.shape[1], blocks.shape[1])
+    within = blocks.flatten(0, 1).index_select(0, row_start + block).argmin(-1)
+    return (block * _ARGMIN_BLOCK + within).view(values.shape[:-1])
+
+
+def _budget(table: dict[str, int], device: torch.device) -> int:
+    return table["cpu"] if device.type == "cpu" else table["cuda"]
