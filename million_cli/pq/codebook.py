@@ -1,6 +1,6 @@
-"""The codebook: centroids and rotations of a model's keys and values, with a card that says where they come from.
+"""The codebook: centroids and rotations of a model's keys and values, with a card that tells their origin.
 
-One safetensors file: `keys.centroids`, `keys.rotation` and the same for `values`, float32, and the card as JSON.
+One safetensors file: `keys.centroids`, `keys.rotation`, the same for `values`, float32; the card as JSON.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class LayerPQ:
 class ProductQuantizer:
     """One side (keys or values) of all layers.
 
-    centroids: float32 [Lc, Hc, M, C, dsub], (Lc, Hc) = (1, 1), (L, 1) or (L, Hkv) for scope merged, layer, head;
+    centroids: float32 [Lc, Hc, M, C, dsub], (Lc, Hc) = (1, 1) | (L, 1) | (L, Hkv) for scope merged | layer | head;
     rotation: float32 [Lr, Hr, D, D] or None, Lr in {1, L}, Hr in {1, Hkv}.
     """
 
@@ -65,7 +65,8 @@ class ProductQuantizer:
     def __post_init__(self) -> None:
         spec, (Lc, Hc, *table) = self.spec, self.centroids.shape
         assert table == [spec.M, spec.C, spec.dsub], (self.centroids.shape, spec)
-        assert (Lc == 1 or self.scope != "merged") and (Hc == 1 or self.scope == "head"), (self.scope, Lc, Hc)
+        assert Lc == 1 or self.scope != "merged", self.centroids.shape
+        assert Hc == 1 or self.scope == "head", self.centroids.shape
         assert self.rotation is None or self.rotation.shape[2:] == (spec.head_dim, spec.head_dim)
 
     def layer(self, i: int) -> LayerPQ:
@@ -169,7 +170,7 @@ class Codebook:
         """Read a codebook onto the CPU.
 
         Raises:
-            UserError: the file is missing, is not a codebook, is of another version or does not fit its own card.
+            UserError: the file is missing, no codebook, of another version or does not fit its own card.
         """
         tensors, metadata = read_safetensors(path)
         if metadata.get("format") != FORMAT:
@@ -189,10 +190,10 @@ class Codebook:
             scopes = {name: card[name]["scope"] for name in SIDES}
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"codebook {path} has a damaged card: {_one_line(error)}") from error
-        sides = [
+        keys, values = (
             _load_side(path, name, tensors, specs[name], scopes[name], meta.fingerprint) for name in SIDES
-        ]
-        return cls(*sides, meta)
+        )
+        return cls(keys, values, meta)
 
 
 def rotation_dtype(dtype: torch.dtype) -> torch.dtype:

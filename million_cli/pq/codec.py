@@ -46,7 +46,8 @@ def encode(x: Tensor, pq: LayerPQ, backend: Backend = "torch") -> Tensor:
         nearest = nearest_centroid
     B, H, T, D = x.shape
     spec, centroids = pq.spec, pq.centroids
-    assert spec.head_dim == D and centroids.shape[0] in (1, H), (x.shape, centroids.shape)
+    assert spec.head_dim == D, (x.shape, spec)
+    assert centroids.shape[0] in (1, H), (x.shape, centroids.shape)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     centroids = centroids.to(dtype).flatten(0, 1)  # [Hc * M, C, dsub]
     codes = torch.empty(B, H, T, spec.M, dtype=code_dtype(spec.nbits), device=x.device)
@@ -73,7 +74,8 @@ def decode(codes: Tensor, pq: LayerPQ, dtype: torch.dtype, rotated: bool = False
     """
     B, H, T, M = codes.shape
     spec, (Hc, _, C, dsub) = pq.spec, pq.centroids.shape
-    assert spec.M == M and Hc in (1, H), (codes.shape, pq.centroids.shape)
+    assert spec.M == M, (codes.shape, spec)
+    assert Hc in (1, H), (codes.shape, pq.centroids.shape)
     undo = pq.rotation is not None and not rotated
     table_dtype = torch.promote_types(dtype, torch.float32) if undo else dtype
     table = pq.centroids.to(table_dtype).view(Hc * M * C, dsub)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 Progress = Callable[[int], None]
@@ -30,7 +29,7 @@ def kmeans(
     """Centroids of N independent problems: samples [N, n, dsub] (n >= 1, finite) -> float32 [N, C, dsub].
 
     Runs on the device of the samples, in float32, in chunks of problems, so that working memory is bounded.
-    On a CPU the same seed and thread count give the same bits; what a problem draws depends on the seed and its
-    index alone.
+    On a CPU the same seed and thread count give the same bits.  What a problem draws depends on the seed and
+    its index alone.
     """
     raise AssertionError("written next")

@@ -25,7 +25,7 @@ def packed_bytes(n: int, nbits: int) -> int:
 def pack_bits(codes: Tensor, nbits: int) -> Tensor:
     """Pack codes [..., n] (uint8 or uint16, each below 2**nbits) into uint8 [..., ceil(n * nbits / 8)].
 
-    Unused bits of the last byte are zero.  For 8 and 16 bits the result shares the memory of contiguous codes.
+    Unused bits of the last byte are zero.  For 8 and 16 bits the result is a view of contiguous codes.
     """
     assert codes.dtype == code_dtype(nbits), (codes.dtype, nbits)
     n = codes.shape[-1]

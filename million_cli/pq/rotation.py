@@ -1,8 +1,8 @@
 """Orthogonal rotations applied before the split into subspaces.
 
-Convention: a rotation is a tensor R [D, D] with orthonormal rows, and x_rot = x @ R.  Rotating queries and keys
-alike leaves scores unchanged, (q R)(k R)^T = q k^T; rotated values are undone once on the attention output,
-o = o_rot @ R^T.  RoPE comes first: what is rotated is what the cache stores.
+Convention: a rotation is a tensor R [D, D] with orthonormal rows, and x_rot = x @ R.  Rotating queries and
+keys alike leaves scores unchanged, (q R)(k R)^T = q k^T; rotated values are undone once on the attention
+output, o = o_rot @ R^T.  RoPE comes first: what is rotated is what the cache stores.
 
 A method is one function in `ROTATIONS`: it sees the samples [L, Hkv, n, D] of one side and returns
 [Lr, Hr, D, D] with Lr in {1, L} and Hr in {1, Hkv}, or None for no rotation.

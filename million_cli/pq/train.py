@@ -55,8 +55,8 @@ def train_codebook(
     """Train both sides from samples [L, Hkv, n, D] (any float dtype; keys after RoPE) and fill in the card.
 
     Raises:
-        UserError: samples that do not fit the fingerprint, no samples, NaN or infinity among them, or a trainer
-            that is not installed.
+        UserError: samples that do not fit the fingerprint, no samples, NaN or infinity among them, or a
+            trainer that is not installed.
     """
     raise AssertionError("written next")
 
