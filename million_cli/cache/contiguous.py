@@ -1,0 +1,92 @@
+"""The contiguous store: one row buffer of codes a layer and side, grown geometrically."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from million_cli.cache.store import CodeStore, Prefill
+from million_cli.ops.codes import CodeReader, ContiguousCodes
+from million_cli.ops.layouts import RowLayout
+from million_cli.pq.codebook import LayerPQ
+from million_cli.pq.codec import Backend
+from million_cli.spec import WindowSpec
+
+
+class ContiguousStore(CodeStore):
+    """Codes in buffers `[B, Hkv, capacity, row_bytes]` uint8, keys and values in rows.
+
+    Args:
+        max_length: tokens to reserve room for at the first append; a longer text still grows the buffers.
+            None: room for what is there, then a quarter more each time it is used up.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[tuple[LayerPQ, LayerPQ]],
+        window: WindowSpec | None = None,
+        *,
+        prefill: Prefill = "exact",
+        backend: Backend = "torch",
+        max_length: int | None = None,
+    ) -> None:
+        super().__init__(layers, window, prefill=prefill, backend=backend)
+        self._reserved_tokens = self.window.coded_length(max_length or 0)
+        P = self.window.page_size
+        self._layouts = (RowLayout(self.spec.keys, P), RowLayout(self.spec.values, P))
+        self._buffers: list[tuple[Tensor, Tensor] | None] = [None] * self.num_layers
+
+    def _reserve(self, layer: int, coded: int, like: Tensor) -> None:
+        B, Hkv = like.shape[:2]
+        old = self._buffers[layer]
+        capacity = 0 if old is None else old[0].shape[2]
+        if old is not None and coded <= capacity:
+            return
+        P = self.window.page_size
+        capacity = max(coded, self._reserved_tokens, -(-capacity * 5 // 4 // P) * P)
+        new = [
+            like.new_empty(B, Hkv, capacity, lay.spec.row_bytes, dtype=torch.uint8) for lay in self._layouts
+        ]
+        if old is not None:
+            used = self.coded(layer)
+            for source, target in zip(old, new, strict=True):
+                target[:, :, :used] = source[:, :, :used]
+        self._buffers[layer] = (new[0], new[1])
+
+    def _write(self, layer: int, start: int, key_codes: Tensor, value_codes: Tensor) -> None:
+        buffers = self._buffers[layer]
+        assert buffers is not None
+        for buffer, layout, codes in zip(buffers, self._layouts, (key_codes, value_codes), strict=True):
+            buffer[:, :, start : start + codes.shape[2]] = layout.pack(codes)
+
+    def _readers(self, layer: int, coded: int) -> tuple[CodeReader, CodeReader]:
+        buffers = self._buffers[layer]
+        assert buffers is not None
+        return (
+            ContiguousCodes(buffers[0], self._layouts[0], coded),
+            ContiguousCodes(buffers[1], self._layouts[1], coded),
+        )
+
+    def _truncate(self) -> None:
+        pass  # rows past the length are overwritten
+
+    def _take_codes(self, indices: Tensor) -> None:
+        for layer, buffers in enumerate(self._buffers):
+            if buffers is not None:
+                keys, values = (buffer.index_select(0, indices.to(buffer.device)) for buffer in buffers)
+                self._buffers[layer] = (keys, values)
+
+    def _release(self) -> None:
+        self._buffers = [None] * self.num_layers
+
+    def _code_bytes(self) -> dict[str, int]:
+        used, reserved = [0, 0], 0
+        for layer, buffers in enumerate(self._buffers):
+            for side, buffer in enumerate(buffers or ()):
+                B, Hkv, _, row_bytes = buffer.shape
+                filled = B * Hkv * self.coded(layer) * row_bytes
+                used[side] += filled
+                reserved += buffer.nbytes - filled
+        return {"key_codes": used[0], "value_codes": used[1], "block_table": 0, "pool_reserved": reserved}

@@ -1,0 +1,203 @@
+"""The paged store: codes in pages of a pool shared by the sequences, found through one block table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from million_cli.cache.contiguous import ContiguousStore
+from million_cli.cache.page_manager import PageManager, PageStats
+from million_cli.cache.store import CodeStore, LayerState, Prefill
+from million_cli.errors import UserError
+from million_cli.ops.codes import CodeReader, PagedCodes
+from million_cli.ops.layouts import Layout, RowLayout, TransposedLayout
+from million_cli.pq.codebook import LayerPQ
+from million_cli.pq.codec import Backend
+from million_cli.spec import WindowSpec
+
+
+class PagedStore(CodeStore):
+    """Pages of P tokens.  A page id stands for the same tokens in every layer and holds all KV heads there.
+
+    Each layer has a pool `[num_pages, Hkv, *page_shape]` for keys (rows) and one for values (transposed); one
+    block table `[B, width]` int32 serves all layers.  Only whole pages are ever written, and never again, so
+    sequences share pages by reference count: reordering beams copies no codes.
+
+    Args:
+        max_pages: size of the pool, fixed; an append that needs more raises `PagePoolExhausted` and changes
+            nothing, so the run can go on from `to_contiguous()`.  None: the pool grows by an eighth when used up.
+
+    Raises:
+        UserError: max_pages is below 1.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[tuple[LayerPQ, LayerPQ]],
+        window: WindowSpec | None = None,
+        *,
+        prefill: Prefill = "exact",
+        backend: Backend = "torch",
+        max_pages: int | None = None,
+    ) -> None:
+        if max_pages is not None and max_pages < 1:
+            raise UserError(f"max_pages={max_pages}: accepted are positive integers")
+        super().__init__(layers, window, prefill=prefill, backend=backend)
+        self.max_pages = max_pages
+        P = self.window.page_size
+        self._layouts: tuple[Layout, Layout] = (
+            RowLayout(self.spec.keys, P),
+            TransposedLayout(self.spec.values, P),
+        )
+        self._manager = PageManager(max_pages or 0)
+        self._pools: list[tuple[Tensor, Tensor] | None] = [None] * self.num_layers
+        self._pages = 0  # columns of the block table in use: pages a sequence, of the longest layer
+        self._table = torch.zeros(0, 0, dtype=torch.int32)  # on the host: the truth
+        self._mirrors: dict[torch.device, Tensor] = {}
+        self._stale: set[torch.device] = set()
+
+    @property
+    def page_stats(self) -> PageStats:
+        return self._manager.stats
+
+    def block_table(self, device: torch.device | str = "cpu") -> Tensor:
+        """`[B, width]` int32 on a device; entries past a sequence's pages are 0.
+
+        One copy a device, refreshed in place when pages were added or moved since it was last asked for.
+        """
+        device = torch.device(device)
+        if device.type == "cpu":
+            return self._table
+        mirror = self._mirrors.get(device)
+        if mirror is None or mirror.shape != self._table.shape:
+            self._mirrors[device] = mirror = self._table.to(device)
+        elif device in self._stale:
+            mirror.copy_(self._table)
+        self._stale.discard(device)
+        return mirror
+
+    def to_contiguous(self) -> ContiguousStore:
+        """The same tokens in a contiguous store: same codes, same windows, so the same attention, bit for bit.
+
+        This store is empty afterwards; its layers may be at different lengths (in the midst of a forward pass).
+        """
+        target = ContiguousStore(
+            [(state.keys, state.values) for state in self._layers],
+            self.window,
+            prefill=self.prefill,
+            backend=self.backend,
+        )
+        for layer, state in enumerate(self._layers):
+            if state.window is None:
+                continue
+            coded = self.coded(layer)
+            target._reserve(layer, coded, state.window.keys)
+            keys, values = self._readers(layer, coded)
+            target._write(layer, 0, keys.read(0, coded), values.read(0, coded))
+            self._pools[layer] = None  # one layer at a time is held twice
+        target.batch, target._layers = self.batch, self._layers
+        self._layers = [LayerState(state.keys, state.values) for state in target._layers]
+        self.reset()
+        return target
+
+    def _reserve(self, layer: int, coded: int, like: Tensor) -> None:
+        B, Hkv = like.shape[:2]
+        pages = coded // self.window.page_size
+        missing = max(0, pages - self._pages) * B
+        if self.max_pages is None and missing > self._manager.free_pages:
+            total = len(self._manager)
+            self._manager.grow(total + max(missing - self._manager.free_pages, total // 8))
+        ids = self._manager.allocate(missing)
+        try:
+            self._grow_pool(layer, Hkv, like)
+        except RuntimeError:  # out of device memory
+            self._manager.free(ids)
+            raise
+        if missing:
+            self._extend_table(torch.tensor(ids, dtype=torch.int32).view(B, -1))
+
+    def _grow_pool(self, layer: int, Hkv: int, like: Tensor) -> None:
+        """Give a layer a pool with a place for every page id."""
+        old, total = self._pools[layer], len(self._manager)
+        if old is not None and old[0].shape[0] == total:
+            return
+        keys, values = (
+            like.new_empty(total, Hkv, *layout.page_shape, dtype=torch.uint8) for layout in self._layouts
+        )
+        if old is not None:
+            n = old[0].shape[0]
+            keys[:n], values[:n] = old
+        self._pools[layer] = (keys, values)
+
+    def _extend_table(self, ids: Tensor) -> None:
+        """Add columns of page ids `[B, n]` to the block table."""
+        B, n = ids.shape
+        width = self._table.shape[1]
+        if self._pages + n > width:  # doubling keeps the addresses of the device copies for long
+            table = torch.zeros(B, max(16, 2 * width, self._pages + n), dtype=torch.int32)
+            if self._pages:
+                table[:, : self._pages] = self._table[:, : self._pages]
+            self._table = table
+        self._table[:, self._pages : self._pages + n] = ids
+        self._pages += n
+        self._stale.update(self._mirrors)
+
+    def _write(self, layer: int, start: int, key_codes: Tensor, value_codes: Tensor) -> None:
+        pools = self._pools[layer]
+        assert pools is not None
+        P = self.window.page_size
+        first, n = start // P, key_codes.shape[2] // P
+        ids = self.block_table(key_codes.device)[:, first : first + n].flatten().long()
+        for pool, layout, codes in zip(pools, self._layouts, (key_codes, value_codes), strict=True):
+            by_page = codes.unflatten(2, (n, P)).transpose(1, 2)  # [B, n, Hkv, P, M]
+            pool.index_copy_(0, ids, layout.pack(by_page).flatten(0, 1))
+
+    def _readers(self, layer: int, coded: int) -> tuple[CodeReader, CodeReader]:
+        pools = self._pools[layer]
+        assert pools is not None
+        table = self.block_table(pools[0].device)
+        return (
+            PagedCodes(pools[0], table, self._layouts[0], coded),
+            PagedCodes(pools[1], table, self._layouts[1], coded),
+        )
+
+    def _truncate(self) -> None:
+        keep = max(self.coded(layer) for layer in range(self.num_layers)) // self.window.page_size
+        if keep < self._pages:
+            self._manager.free(self._table[:, keep : self._pages].flatten().tolist())
+            self._table[:, keep : self._pages] = 0
+            self._pages = keep
+            self._stale.update(self._mirrors)
+
+    def _take_codes(self, indices: Tensor) -> None:
+        table = self._table.index_select(0, indices.cpu())
+        if not torch.equal(table, self._table):
+            self._manager.share(table[:, : self._pages].flatten().tolist())
+            self._manager.free(self._table[:, : self._pages].flatten().tolist())
+            self._table = table
+            self._stale.update(self._mirrors)
+
+    def _release(self) -> None:
+        self._manager.free(self._table[:, : self._pages].flatten().tolist())
+        self._pages = 0
+        self._table = torch.zeros(0, 0, dtype=torch.int32)
+        self._mirrors, self._stale = {}, set()
+        self._pools = [None] * self.num_layers
+
+    def _code_bytes(self) -> dict[str, int]:
+        in_use = self._manager.stats.in_use
+        used, reserved = [0, 0], 0
+        for pools in self._pools:
+            for side, pool in enumerate(pools or ()):
+                filled = in_use * pool[:1].nbytes
+                used[side] += filled
+                reserved += pool.nbytes - filled
+        tables = [self._table, *self._mirrors.values()]
+        return {
+            "key_codes": used[0],
+            "value_codes": used[1],
+            "block_table": sum(table.nbytes for table in tables),
+            "pool_reserved": reserved,
+        }

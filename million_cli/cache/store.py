@@ -1,0 +1,278 @@
+"""What both caches are: per layer a coded prefix and an exact residual window, kept to one closed form.
+
+After every append, and after every other operation, a layer of `length` tokens holds exactly
+`WindowSpec.coded_length(length)` tokens as codes and the rest exactly.  Subclasses own the codes only.
+
+Letters: B batch, Hkv KV heads, T tokens, N new tokens, D head_dim, M subspaces, P page size, R residual window.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from million_cli.cache.view import KVView
+from million_cli.cache.window import ResidualWindow
+from million_cli.errors import UserError
+from million_cli.ops.codes import CodeReader
+from million_cli.pq.codebook import LayerPQ
+from million_cli.pq.codec import Backend, decode, encode
+from million_cli.spec import PQSpec, WindowSpec
+
+Prefill = Literal["exact", "quantized"]
+PREFILLS: tuple[Prefill, ...] = ("exact", "quantized")
+
+
+@dataclass
+class LayerState:
+    """One layer: how its vectors are coded, its window (None until the first append) and its token count."""
+
+    keys: LayerPQ
+    values: LayerPQ
+    window: ResidualWindow | None = None
+    length: int = 0
+
+
+class CodeStore(ABC):
+    """A KV cache of B sequences of one uniform length a layer; see the module's docstring for the invariant.
+
+    Tensors are allocated at the first append, when batch, heads, dtype and device are known.  Layers are
+    independent in length, so that a forward pass can append to them one after the other.  Inference only:
+    nothing here carries gradients.
+
+    Args:
+        layers: (keys, values) of each layer, in the codebook's order.
+        window: page size and residual window.
+        prefill: what the queries of an append of N > 1 tokens see.  "exact": codes of the tokens that were
+            coded before, exact vectors of the rest including the new ones.  "quantized": each query sees
+            what it would see if the tokens were appended one by one.  An append of one token is a decode step
+            under either: the query sees the state after the append.
+        backend: codec used to encode.
+
+    Raises:
+        UserError: prefill is neither "exact" nor "quantized".
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[tuple[LayerPQ, LayerPQ]],
+        window: WindowSpec | None = None,
+        *,
+        prefill: Prefill = "exact",
+        backend: Backend = "torch",
+    ) -> None:
+        if prefill not in PREFILLS:
+            raise UserError(f"prefill={prefill!r}: accepted are {', '.join(PREFILLS)}")
+        assert layers
+        self.window = window or WindowSpec()
+        self.prefill: Prefill = prefill
+        self.backend: Backend = backend
+        self.batch: int | None = None
+        self._layers = [LayerState(keys, values) for keys, values in layers]
+
+    # -- reading ---------------------------------------------------------------------------------------------
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._layers)
+
+    @property
+    def spec(self) -> PQSpec:
+        return PQSpec(self._layers[0].keys.spec, self._layers[0].values.spec)
+
+    @property
+    def bits(self) -> float:
+        """Nominal code bits per element, mean of keys and values; window and codebooks are not in it."""
+        return self.spec.bits_per_element
+
+    def length(self, layer: int = 0) -> int:
+        """Tokens a sequence held by a layer."""
+        return self._layers[layer].length
+
+    def coded(self, layer: int = 0) -> int:
+        """Tokens a sequence that a layer holds as codes (a whole number of pages)."""
+        return self.window.coded_length(self._layers[layer].length)
+
+    def codes(self, layer: int) -> tuple[CodeReader, CodeReader]:
+        """Readers of a layer's key and value codes, good until the next change; the layer has been appended to."""
+        return self._readers(layer, self.coded(layer))
+
+    def exact(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, Hkv, length - coded, D]` of the window, oldest first."""
+        state = self._layers[layer]
+        assert state.window is not None
+        keys, values = state.window.read(self.coded(layer), state.length)
+        empty = [state.window.keys[:, :, :0]]
+        return torch.cat(keys or empty, dim=2), torch.cat(values or empty, dim=2)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of the tensors held, by use; codebooks are the caller's.
+
+        key_codes, value_codes: pages or rows that hold tokens.  pool_reserved: allocated for codes, not in use.
+        window: the rings, full or not.  block_table: host and device copies (0 when contiguous).  total: all.
+        """
+        window = sum(state.window.nbytes for state in self._layers if state.window is not None)
+        parts = {"window": window, **self._code_bytes()}
+        return {**parts, "total": sum(parts.values())}
+
+    # -- changing --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def append(self, layer: int, k: Tensor, v: Tensor) -> KVView:
+        """Append N tokens to a layer and encode the pages that became whole.
+
+        Args:
+            k, v: `[B, Hkv, N, D]` of one floating dtype, keys after RoPE; padding tokens included.
+
+        Returns:
+            What the N new queries attend to.
+
+        Raises:
+            UserError: the batch differs from that of earlier appends, or the backend is not to be had here.
+            PagePoolExhausted: (paged) no room for the new pages; nothing has changed, in any layer.
+        """
+        state = self._layers[layer]
+        B, Hkv, N, D = k.shape
+        assert k.shape == v.shape and N > 0 and state.keys.spec.head_dim == D, (k.shape, v.shape)
+        if self.batch is not None and self.batch != B:
+            raise UserError(f"batch={B}: this cache holds a batch of {self.batch}; reset it first")
+        start, end = state.length, state.length + N
+        coded, coded_after = self.window.coded_length(start), self.window.coded_length(end)
+        self._reserve(layer, coded_after, k)  # may raise; from here on nothing does
+
+        if state.window is None:
+            state.window = ResidualWindow(k, self.window.residual)
+            state.keys, state.values = state.keys.to(k.device), state.values.to(k.device)
+        self.batch = B
+        keys, values = state.window.read(coded, start)
+        keys, values = [*keys, k], [*values, v]
+        exact_k = torch.cat(keys, dim=2) if len(keys) > 1 else k  # tokens coded .. end - 1
+        exact_v = torch.cat(values, dim=2) if len(values) > 1 else v
+        if coded_after > coded:
+            n = coded_after - coded
+            self._write(
+                layer,
+                coded,
+                encode(exact_k[:, :, :n], state.keys, backend=self.backend),
+                encode(exact_v[:, :, :n], state.values, backend=self.backend),
+            )
+        kept = max(coded_after - start, 0)
+        state.window.write(start + kept, k[:, :, kept:], v[:, :, kept:])
+        state.length = end
+
+        boundaries = _boundaries(self.window, self.prefill, start, end)
+        key_codes, value_codes = self._readers(layer, boundaries[-1])
+        skipped = boundaries[0] - coded  # a decode step that filled a page no longer sees it exactly
+        return KVView(
+            key_codes,
+            value_codes,
+            state.keys,
+            state.values,
+            exact_k[:, :, skipped:],
+            exact_v[:, :, skipped:],
+            exact_start=boundaries[0],
+            length=end,
+            boundaries=boundaries,
+        )
+
+    def reset(self) -> None:
+        """Forget all tokens and release all tensors."""
+        for state in self._layers:
+            state.window, state.length = None, 0
+        self.batch = None
+        self._release()
+
+    @torch.no_grad()
+    def crop(self, length: int) -> None:
+        """Keep the oldest `length` tokens of every layer (shorter layers stay).
+
+        Where this cuts below what was coded, the tokens that the closed form now wants exact are decoded back
+        into the window, in the model's dtype: what was lost by coding stays lost.  A decoded vector encodes to
+        the code it came from, except if rounding it to a half-precision dtype crosses to another centroid.
+        """
+        assert length >= 0, length
+        for layer, state in enumerate(self._layers):
+            new = min(length, state.length)
+            coded, coded_after = self.coded(layer), self.window.coded_length(new)
+            stop = min(coded, new)
+            if coded_after < stop:
+                assert state.window is not None
+                keys, values = self._readers(layer, coded)
+                dtype = state.window.keys.dtype
+                state.window.write(
+                    coded_after,
+                    decode(keys.read(coded_after, stop), state.keys, dtype),
+                    decode(values.read(coded_after, stop), state.values, dtype),
+                )
+            state.length = new
+        self._truncate()
+
+    def reorder(self, beam_idx: Tensor) -> None:
+        """Sequence i becomes a copy of sequence beam_idx[i] (`[B]` integers), as beam search asks."""
+        assert self.batch in (None, len(beam_idx))
+        self._take(beam_idx)
+
+    def select(self, indices: Tensor) -> None:
+        """Keep the sequences `indices` (integers, any number, repeats allowed), in that order."""
+        self._take(indices)
+
+    def repeat_interleave(self, repeats: int) -> None:
+        """Each sequence becomes `repeats` neighbouring copies."""
+        if self.batch is not None:
+            self._take(torch.arange(self.batch).repeat_interleave(repeats))
+
+    def _take(self, indices: Tensor) -> None:
+        if self.batch is None:
+            return
+        for state in self._layers:
+            if state.window is not None:
+                state.window.take(indices)
+        self._take_codes(indices)
+        self.batch = len(indices)
+
+    # -- the codes -------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _reserve(self, layer: int, coded: int, like: Tensor) -> None:
+        """Make room for `coded` tokens of a layer; `like [B, Hkv, _, D]` gives sizes and device.
+
+        The only hook that may fail, and then the store is as it was.
+        """
+
+    @abstractmethod
+    def _write(self, layer: int, start: int, key_codes: Tensor, value_codes: Tensor) -> None:
+        """Store codes `[B, Hkv, n, M]` of the tokens start .. start + n - 1, whole pages in reserved room."""
+
+    @abstractmethod
+    def _readers(self, layer: int, coded: int) -> tuple[CodeReader, CodeReader]:
+        """Readers of the first `coded` tokens of a layer that has been appended to."""
+
+    @abstractmethod
+    def _truncate(self) -> None:
+        """Lengths have shrunk: let go of codes past them."""
+
+    @abstractmethod
+    def _take_codes(self, indices: Tensor) -> None:
+        """Reindex the batch of all codes."""
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Drop all codes."""
+
+    @abstractmethod
+    def _code_bytes(self) -> dict[str, int]:
+        """key_codes, value_codes, block_table and pool_reserved of `memory`."""
+
+
+@lru_cache(maxsize=64)
+def _boundaries(window: WindowSpec, prefill: Prefill, start: int, end: int) -> tuple[int, ...]:
+    """For each of the queries start .. end - 1, how many of the oldest tokens it sees as codes."""
+    if prefill == "exact" and end - start > 1:
+        return (window.coded_length(start),) * (end - start)
+    return tuple(window.coded_length(t + 1) for t in range(start, end))

@@ -1,0 +1,102 @@
+"""What one append returns: everything the new queries of one layer attend to, and attention over it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from million_cli.ops.codes import CodeReader
+from million_cli.ops.reference import attention
+from million_cli.pq.codebook import LayerPQ
+
+
+@dataclass(frozen=True)
+class KVView:
+    """Keys and values of one layer as the N tokens just appended see them.
+
+    Token positions are 0 .. length - 1; the N queries are the last N.  Query i sees codes of the tokens below
+    `boundaries[i]` and exact vectors from there on.  A view is good until the next change to its store.
+
+    Attributes:
+        key_codes, value_codes: codes of the tokens 0 .. coded - 1 (never dense).
+        pq_keys, pq_values: the codebooks and rotations that decode them.
+        keys, values: exact, unrotated `[B, Hkv, length - exact_start, D]` in the model's dtype, of the tokens
+            exact_start .. length - 1 in order.
+        exact_start: equals boundaries[0].
+        length: tokens a sequence, the new ones included.
+        boundaries: N non-decreasing token counts, one a query.
+    """
+
+    key_codes: CodeReader
+    value_codes: CodeReader
+    pq_keys: LayerPQ
+    pq_values: LayerPQ
+    keys: Tensor
+    values: Tensor
+    exact_start: int
+    length: int
+    boundaries: Sequence[int]
+
+    @property
+    def num_queries(self) -> int:
+        return len(self.boundaries)
+
+    @property
+    def coded(self) -> int:
+        """Tokens that at least one query sees as codes; 0 means `keys` and `values` are the whole text."""
+        return self.boundaries[-1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.keys.dtype
+
+    def to(self, *args: Any, **kwargs: Any) -> KVView:
+        """The view itself: it stays where its store is (models that move K and V call this)."""
+        return self
+
+
+def attend(
+    query: Tensor,
+    view: KVView,
+    *,
+    scale: float,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+    first_valid: Tensor | None = None,
+) -> Tensor:
+    """Attention of the N newest tokens over a view; see `ops.reference.attention` for the definition.
+
+    Args:
+        query: `[B, Hq, N, D]`, N == view.num_queries, Hq a multiple of Hkv.
+        scale: factor on the scores.
+        mask: None (causal), bool `[B or 1, Hq or 1, N, >= length]` (True = attend), or additive floats of that
+            shape.  A given mask is the whole truth: causality is added only when there is none.
+        softcap: scores become softcap * tanh(scores / softcap), before the mask.
+        first_valid: `[B]` integers, tokens before it (left padding) are not seen; combines with either mask.
+
+    Returns:
+        `[B, Hq, N, D]` in the query's dtype.
+    """
+    assert query.shape[2] == view.num_queries, (query.shape, view.num_queries)
+    return attention(
+        query,
+        view.key_codes,
+        view.value_codes,
+        view.pq_keys,
+        view.pq_values,
+        view.keys,
+        view.values,
+        boundaries=view.boundaries,
+        scale=scale,
+        mask=mask,
+        softcap=softcap,
+        first_valid=first_valid,
+    )

@@ -1,0 +1,52 @@
+"""The residual window: the newest tokens of one layer, exact, in a preallocated ring."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+class ResidualWindow:
+    """Keys and values `[B, Hkv, R, D]` in the model's dtype, unrotated; the token at position t is in slot t mod R.
+
+    Nothing is ever shifted: a token is written once and overwritten R tokens later.  Which positions are
+    valid is the store's knowledge.
+    """
+
+    def __init__(self, like: Tensor, residual: int) -> None:
+        """A ring for `residual` tokens of the batch, heads, head_dim, dtype and device of `like [B, Hkv, _, D]`."""
+        B, Hkv, _, D = like.shape
+        # Zeros, not garbage: a compiled reader may load slots that it then masks.
+        self.keys = like.new_zeros(B, Hkv, residual, D)
+        self.values = like.new_zeros(B, Hkv, residual, D)
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    def _runs(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Slots of the positions start .. stop - 1 in order, as at most two runs [first, last)."""
+        R = self.keys.shape[2]
+        assert 0 <= start <= stop <= start + R, (start, stop, R)
+        first, n = start % R, stop - start
+        head = min(n, R - first)
+        return [run for run in ((first, first + head), (0, n - head)) if run[0] < run[1]]
+
+    def write(self, start: int, keys: Tensor, values: Tensor) -> None:
+        """Store `[B, Hkv, n, D]` (n <= R) as the tokens start .. start + n - 1."""
+        done = 0
+        for first, last in self._runs(start, start + keys.shape[2]):
+            n = last - first
+            self.keys[:, :, first:last] = keys[:, :, done : done + n]
+            self.values[:, :, first:last] = values[:, :, done : done + n]
+            done += n
+
+    def read(self, start: int, stop: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Keys and values of the tokens start .. stop - 1, in order, each as 0 to 2 slices of the ring."""
+        runs = self._runs(start, stop)
+        return [self.keys[:, :, a:b] for a, b in runs], [self.values[:, :, a:b] for a, b in runs]
+
+    def take(self, indices: Tensor) -> None:
+        """Make sequence i a copy of what sequence indices[i] was."""
+        indices = indices.to(self.keys.device)
+        self.keys = self.keys.index_select(0, indices)
+        self.values = self.values.index_select(0, indices)
