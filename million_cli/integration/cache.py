@@ -1,0 +1,372 @@
+"""The caches that `model.generate(past_key_values=...)` takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+
+from million_cli.cache.contiguous import ContiguousStore
+from million_cli.cache.page_manager import PagePoolExhausted
+from million_cli.cache.paged import PagedStore
+from million_cli.cache.store import CodeStore
+from million_cli.cache.view import KVView, attend
+from million_cli.integration.attention import PQHandle, use_pq_attention
+from million_cli.integration.compat import reset_dense_layer, tokens_to_remove
+from million_cli.integration.models import fingerprint, full_attention_layers
+from million_cli.integration.select import (
+    NO_KERNELS,
+    Choice,
+    Fallback,
+    KernelQuery,
+    Kernels,
+    Request,
+    Store,
+    choose,
+    log_once,
+    refuse,
+)
+from million_cli.pq.codebook import Codebook
+from million_cli.spec import WindowSpec
+
+Prefill = Literal["exact", "quantized"]
+
+
+class PQLayer(CacheLayerMixin):
+    """A full-attention layer of a PQ cache: appends to the cache's store, returns handles instead of tensors.
+
+    What concerns all layers at once (reset, crop, reorder, ...) is done by the cache, once.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = False  # cropping into the coded part brings decoded vectors back, not the original ones
+    supports_early_init = False
+
+    def __init__(self, cache: PQCache, position: int) -> None:
+        super().__init__()
+        self._cache = cache
+        self._position = position
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True  # the store allocates for itself
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:  # a pair of handles; transformers' annotation says tensors
+        """Append `[B, Hkv, N, D]`; the handle stands for K and for V in the attention function."""
+        self.is_initialized = True
+        handle = self._cache.append(self._position, key_states, value_states)
+        return handle, handle
+
+    def get_seq_length(self) -> int:
+        return self._cache.store.length(self._position)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(length, offset) of the keys that a mask for `query_length` new tokens covers."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class PQCache(Cache):
+    """What `DynamicPQCache` and `PagedPQCache` share.  Sliding-window layers are transformers' own, dense.
+
+    Attributes:
+        codebook: that codes K and V.
+        store: the codes and windows of the full-attention layers.
+        backend: what serves the cache now, and every fallback so far.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PreTrainedConfig,
+        codebook: Codebook,
+        window: WindowSpec | None,
+        request: Request,
+        make_store: dict[Store, Callable[[], CodeStore]],
+        kernels: Kernels,
+    ) -> None:
+        config = model if isinstance(model, PreTrainedConfig) else model.config
+        text_config = config.get_text_config(decoder=True)
+        if isinstance(model, PreTrainedConfig):
+            # Without weights, the codebook's word is taken for their digest.
+            heads = text_config.num_key_value_heads
+            head_dim = getattr(text_config, "head_dim", None) or (
+                text_config.hidden_size // text_config.num_attention_heads
+            )
+            ours = replace(
+                codebook.meta.fingerprint,
+                model_type=text_config.model_type,
+                num_layers=text_config.num_hidden_layers,
+                layers=full_attention_layers(config),
+                num_kv_heads=heads,
+                head_dim=head_dim,
+            )
+            device, dtype = torch.device("cpu"), torch.float32
+        else:
+            ours = fingerprint(model)
+            device, dtype = model.device, model.dtype
+        codebook.check(ours)
+        self.codebook = codebook
+        self._request, self._make_store, self._kernels = request, make_store, kernels
+        self._query = KernelQuery(
+            request.store,
+            device,
+            dtype,
+            codebook.spec,
+            window or WindowSpec(),
+            ours.num_kv_heads,
+            text_config.num_attention_heads // ours.num_kv_heads,
+        )
+        self._fallbacks: tuple[Fallback, ...] = ()
+        self._decide(device, dtype)
+        if not isinstance(model, PreTrainedConfig):
+            use_pq_attention(model)
+        layers = DynamicCache(config=text_config).layers
+        for position, index in enumerate(ours.layers):
+            layers[index] = PQLayer(self, position)
+        super().__init__(layers=layers)
+
+    # -- what serves it --------------------------------------------------------------------------------------
+
+    @property
+    def backend(self) -> Choice:
+        """Store and compute in use, with all fallbacks since construction."""
+        return replace(self._choice, fallbacks=self._fallbacks)
+
+    @property
+    def fallbacks(self) -> tuple[Fallback, ...]:
+        """Everything that was not as asked, in order, each once."""
+        return self._fallbacks
+
+    @property
+    def bits(self) -> float:
+        """Nominal code bits per element; window and codebooks are not in it."""
+        return self.store.bits
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of the tensors held, by use; see `CodeStore.memory`.
+
+        `dense` are the sliding-window layers; `total` is all but `codebooks`, which any number of caches
+        share.
+        """
+        parts = self.store.memory()
+        dense = sum(
+            t.nbytes for layer in self._dense_layers() for t in (layer.keys, layer.values) if t is not None
+        )
+        parts["dense"] = dense
+        parts["total"] += dense
+        parts["codebooks"] = self.codebook.size_bytes(torch.float32)
+        return parts
+
+    def _decide(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Choose store and compute for a device and dtype, and start with an empty store."""
+        self._query = replace(self._query, device=device, dtype=dtype)
+        self._choice = choose(self._request, self._query, self._kernels.support)
+        self._record(self._choice.fallbacks)
+        self.store = self._make_store[self._choice.store]()
+
+    def _fall_back(self, store: Store, reason: str, kernel_failed: bool = False) -> None:
+        """Give up what is in use for `store`; the caller moves the contents.
+
+        Raises:
+            UserError: the run is strict.
+        """
+        compute = self._choice.compute
+        if compute == "kernel" and (
+            kernel_failed or self._kernels.support(replace(self._query, store=store))
+        ):
+            compute = "torch"
+        choice = replace(self._choice, fallbacks=()).fall_back(store, compute, reason)
+        if self._request.strict:
+            refuse(choice)
+        self._choice = choice
+        self._record(choice.fallbacks)
+
+    def _record(self, fallbacks: tuple[Fallback, ...]) -> None:
+        self._fallbacks += tuple(f for f in fallbacks if f not in self._fallbacks)
+        for fallback in fallbacks:
+            log_once(fallback)
+
+    # -- reading and appending -------------------------------------------------------------------------------
+
+    def append(self, position: int, keys: Tensor, values: Tensor) -> PQHandle:
+        """Append `[B, Hkv, N, D]` to the full-attention layer `position` (counted among those).
+
+        Raises:
+            UserError: the batch differs from that of earlier appends, or a strict run would have to fall
+            back.
+        """
+        if (keys.device, keys.dtype) != (self._query.device, self._query.dtype) and self.store.batch is None:
+            self._decide(keys.device, keys.dtype)
+        try:
+            view = self.store.append(position, keys, values)
+        except PagePoolExhausted as error:
+            assert isinstance(self.store, PagedStore)
+            self._fall_back("contiguous", str(error))
+            self.store = self.store.to_contiguous()
+            view = self.store.append(position, keys, values)
+        except RuntimeError as error:
+            if not (isinstance(self.store, PagedStore) and _is_out_of_memory(error)):
+                raise
+            self._fall_back("contiguous", f"no memory for a pool of {self.store.max_pages} pages")
+            self.store = self.store.to_contiguous()
+            view = self.store.append(position, keys, values)
+        return PQHandle(view, self._attend)
+
+    def _attend(
+        self, query: Tensor, view: KVView, *, scale: float, mask: Tensor | None, softcap: float | None
+    ) -> Tensor:
+        if self._choice.compute == "kernel":
+            try:
+                return self._kernels.attend(query, view, scale=scale, mask=mask, softcap=softcap)
+            except RuntimeError as error:
+                if _is_out_of_memory(error):
+                    raise
+                reason = str(error).splitlines()[0]
+            self._fall_back(self._choice.store, f"the kernel failed: {reason}", kernel_failed=True)
+        return attend(query, view, scale=scale, mask=mask, softcap=softcap)
+
+    # -- what transformers asks of a cache -------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Forget all tokens and free the memory; a paged cache that fell back starts with a pool again."""
+        self._decide(self._query.device, self._query.dtype)
+        for layer in self._dense_layers():
+            reset_dense_layer(layer)
+
+    def crop(self, argument: int) -> None:
+        """Remove tokens from the end: -n removes n, a positive argument is the length to keep (see `compat`).
+
+        Cutting into the coded part brings the tokens that become exact again back as decoded vectors.
+        """
+        length = self.store.length()
+        removed = tokens_to_remove(argument, length)
+        self.store.crop(length - removed)
+        for layer in self._dense_layers():
+            layer.crop(-removed)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Sequence i becomes a copy of sequence beam_idx[i]."""
+        self.store.reorder(beam_idx)
+        for layer in self._dense_layers():
+            layer.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each sequence becomes `repeats` neighbouring copies."""
+        self.store.repeat_interleave(repeats)
+        for layer in self._dense_layers():
+            layer.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences `indices`, in that order."""
+        self.store.select(indices)
+        for layer in self._dense_layers():
+            layer.batch_select_indices(indices)
+
+    def _dense_layers(self) -> list[Any]:
+        return [
+            layer
+            for layer in self.layers
+            if isinstance(layer, CacheLayerMixin) and not isinstance(layer, PQLayer)
+        ]
+
+
+class DynamicPQCache(PQCache):
+    """A KV cache of product codes in contiguous buffers that grow with the text, behind a residual window.
+
+    Args:
+        model: the model to serve, whose attention implementation is set accordingly.  A configuration is
+        accepted
+            too; then only shapes are checked, and the model must have had `use_pq_attention(model)`.
+        codebook: trained for the model.
+        window: page size and residual window; the default is 64 and 128 tokens.
+        prefill: what several new tokens at once attend to: "exact" K and V of all tokens that were not coded
+            before, or "quantized", exactly what they would have seen one by one.
+        compute: "auto" takes a compiled kernel where there is one, "kernel" asks for it, "torch" is the
+        reference.
+        strict: raise instead of falling back to anything that was not asked for.
+        kernels: the compiled kernels of the installation.
+
+    Raises:
+        UserError: a codebook of another model, an unsupported architecture, an argument out of range, or a
+        fallback
+            of a strict cache.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PreTrainedConfig,
+        codebook: Codebook,
+        window: WindowSpec | None = None,
+        *,
+        prefill: Prefill = "exact",
+        compute: Literal["auto", "kernel", "torch"] = "auto",
+        strict: bool = False,
+        kernels: Kernels = NO_KERNELS,
+    ) -> None:
+        layers = _layers_of(codebook)
+        super().__init__(
+            model,
+            codebook,
+            window,
+            Request("contiguous", compute, strict),
+            {"contiguous": lambda: ContiguousStore(layers, window, prefill=prefill)},
+            kernels,
+        )
+
+
+class PagedPQCache(PQCache):
+    """A KV cache of product codes in pages of a pool behind a residual window; a block table finds them.
+
+    Its attention is that of `DynamicPQCache`; beams share pages.  When the pool runs out in the midst of a
+    text, the cache goes on with a contiguous store and the same tokens, and says so in `fallbacks`.
+
+    Args:
+        max_pages: size of the pool, for all sequences together; None lets it grow.
+        others: as for `DynamicPQCache`.
+
+    Raises:
+        UserError: as `DynamicPQCache`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PreTrainedConfig,
+        codebook: Codebook,
+        window: WindowSpec | None = None,
+        *,
+        max_pages: int | None = None,
+        prefill: Prefill = "exact",
+        compute: Literal["auto", "kernel", "torch"] = "auto",
+        strict: bool = False,
+        kernels: Kernels = NO_KERNELS,
+    ) -> None:
+        layers = _layers_of(codebook)
+        super().__init__(
+            model,
+            codebook,
+            window,
+            Request("paged", compute, strict),
+            {
+                "paged": lambda: PagedStore(layers, window, prefill=prefill, max_pages=max_pages),
+                "contiguous": lambda: ContiguousStore(layers, window, prefill=prefill),
+            },
+            kernels,
+        )
+
+
+def _layers_of(codebook: Codebook) -> list[Any]:
+    return [(codebook.keys.layer(i), codebook.values.layer(i)) for i in range(codebook.num_layers)]
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """CUDA has a type for it; the CPU allocator raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

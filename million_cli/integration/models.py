@@ -1,0 +1,253 @@
+"""Models and tokenizers by name, and the fingerprint that ties a codebook to a model."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from million_cli.errors import UserError
+from million_cli.spec import ModelFingerprint
+
+REFERENCE_MODEL = "reference"
+DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+_WEIGHTS_SAMPLED = 4096  # elements of each projection that enter the fingerprint
+
+
+def load_model(
+    name_or_path: str,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+) -> tuple[PreTrainedModel, Any]:
+    """Load a causal language model, in evaluation mode, and its tokenizer.
+
+    Args:
+        name_or_path: a local folder, a name on the hub, or `reference`, the small model shipped with the
+        package.
+        dtype: one of `DTYPES`, or "auto" for the checkpoint's own.
+        device: where the weights go, e.g. "cpu" or "cuda:0".
+
+    Returns:
+        The model and its tokenizer; a tokenizer without a padding token pads with its end-of-text token.
+
+    Raises:
+        UserError: no such model, a damaged checkpoint, or an unknown dtype or device.
+    """
+    torch_dtype = resolve_dtype(dtype)
+    torch_device = resolve_device(device)
+    source = _resolve_name(name_or_path)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype="auto" if torch_dtype is None else torch_dtype
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (
+        Exception
+    ) as error:  # each layer below raises types of its own: OSError, SafetensorError, KeyError, ...
+        raise UserError(f"model={name_or_path}: cannot be loaded: {_first_line(error)}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.to(torch_device)  # type: ignore[arg-type]  # transformers' wrapper of `to` hides its signature
+    return model.eval(), tokenizer
+
+
+def random_model(
+    config: PreTrainedConfig | dict[str, Any],
+    seed: int = 0,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device = "cpu",
+) -> PreTrainedModel:
+    """A model of the given shape with random weights, for speed measurements and tests; no download.
+
+    Args:
+        config: a transformers configuration, or its fields including `model_type`.
+
+    Raises:
+        UserError: an unknown model_type, dtype or device.
+    """
+    torch_dtype = resolve_dtype(dtype)
+    if isinstance(config, dict):
+        try:
+            config = AutoConfig.for_model(**config)
+        except (TypeError, ValueError, KeyError) as error:
+            raise UserError(f"model_type={config.get('model_type')}: {_first_line(error)}") from error
+    torch_device = resolve_device(device)
+    with torch.random.fork_rng(devices=[torch_device] if torch_device.type == "cuda" else []), torch_device:
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch_dtype).eval()
+
+
+def full_attention_layers(config: PreTrainedConfig) -> tuple[int, ...]:
+    """Indices of the layers whose K and V grow with the text: the ones that product quantization serves.
+
+    Raises:
+        UserError: an architecture without such layers, or with layers that keep something else than per-
+        head K and V.
+    """
+    text_config = config.get_text_config(decoder=True)
+    name = text_config.model_type
+    if config.is_encoder_decoder or getattr(text_config, "cross_attention_layers", None):
+        raise UserError(
+            f"model_type={name}: cross attention is not supported; accepted are decoder-only models"
+        )
+    if getattr(text_config, "kv_lora_rank", None) is not None:
+        raise UserError(
+            f"model_type={name}: latent attention (MLA) is not supported; accepted is per-head K and V"
+        )
+    full = []
+    for index, layer in enumerate(DynamicCache(config=text_config).layers):
+        if type(layer) is DynamicLayer:
+            full.append(index)
+        elif type(layer) is not DynamicSlidingWindowLayer and type(layer).__name__ != "DummyLayer":
+            raise UserError(
+                f"model_type={name}: layer {index} keeps a {type(layer).__name__}; "
+                "accepted are full and sliding-window attention"
+            )
+    if not full:
+        raise UserError(f"model_type={name}: no layer has full attention, so there is nothing to quantise")
+    return tuple(full)
+
+
+def fingerprint(model: PreTrainedModel) -> ModelFingerprint:
+    """Identify a model for its codebooks.
+
+    The digest covers the signs of a fixed pseudo-random choice of 4096 elements of each key and value
+    projection of the full-attention layers.  Signs survive every cast between floating-point types, so that
+    a codebook trained on a float32 copy fits the float16 one, while retrained or other weights differ; an
+    8B model costs milliseconds.
+
+    Raises:
+        UserError: an unsupported architecture (see `full_attention_layers`), or weights that are not in
+        memory.
+    """
+    layers = full_attention_layers(model.config)
+    attention = dict(_attention_modules(model))
+    digest = hashlib.sha256()
+    shapes = set()
+    for index in layers:
+        if index not in attention:
+            raise UserError(f"model_type={model.config.model_type}: layer {index} has no key projection")
+        module = attention[index]
+        shapes.add(_kv_shape(module, model.config.get_text_config(decoder=True)))
+        for projection in _kv_projections(module):
+            digest.update(_sign_bits(projection.weight, index))
+    if len(shapes) != 1:
+        raise UserError(
+            f"model_type={model.config.model_type}: (KV heads, head_dim) differ among full-attention layers: "
+            f"{sorted(shapes)}; accepted is one shape"
+        )
+    ((num_kv_heads, head_dim),) = shapes
+    text_config = model.config.get_text_config(decoder=True)
+    return ModelFingerprint(
+        model_type=text_config.model_type,
+        num_layers=text_config.num_hidden_layers,
+        layers=layers,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        weights=digest.hexdigest()[:32],
+    )
+
+
+def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """The torch dtype of a name in `DTYPES`; None for "auto".
+
+    Raises:
+        UserError: any other name.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return None
+    if dtype not in DTYPES:
+        raise UserError(f"dtype={dtype}: accepted are auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """A torch device that this machine has.
+
+    Raises:
+        UserError: a device that does not exist here.
+    """
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"device={device}: accepted are cpu, cuda, cuda:<number>") from error
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device={device}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return resolved
+
+
+def _resolve_name(name_or_path: str) -> str:
+    """A folder or a hub name; what looks like a path must exist, so no typing error reaches the hub."""
+    if name_or_path == REFERENCE_MODEL:
+        folder = Path(__file__).parent.parent / "assets" / "reference-model"
+        if not folder.is_dir():
+            raise UserError(
+                f"model={name_or_path}: the shipped model is missing at {folder}; reinstall the package"
+            )
+        return str(folder)
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"model={name_or_path}: the folder holds no config.json")
+        return str(folder)
+    looks_like_path = (
+        folder.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.endswith(os.sep)
+    )
+    if looks_like_path or not name_or_path or name_or_path.count("/") > 1:
+        raise UserError(
+            f"model={name_or_path}: no such folder; accepted are a folder, a hub name or {REFERENCE_MODEL}"
+        )
+    return name_or_path
+
+
+def _attention_modules(model: PreTrainedModel) -> Iterator[tuple[int, nn.Module]]:
+    for module in model.get_decoder().modules():
+        index = getattr(module, "layer_idx", None)
+        if isinstance(index, int) and _kv_projections(module):
+            yield index, module
+
+
+def _kv_projections(module: nn.Module) -> list[Any]:
+    """The linear maps to K and V: two of them, or one that is fused with the queries' (Phi-3)."""
+    projections = [getattr(module, name, None) for name in ("k_proj", "v_proj", "qkv_proj")]
+    return [p for p in projections if isinstance(p, nn.Module) and hasattr(p, "weight")]
+
+
+def _kv_shape(module: nn.Module, config: PreTrainedConfig) -> tuple[int, int]:
+    """(Hkv, D) of an attention module."""
+    head_dim = int(getattr(module, "head_dim", config.hidden_size // config.num_attention_heads))
+    k_proj = getattr(module, "k_proj", None)
+    if k_proj is None:
+        return config.num_key_value_heads, head_dim
+    return k_proj.out_features // head_dim, head_dim
+
+
+def _sign_bits(weight: torch.Tensor, index: int) -> bytes:
+    if weight.device.type == "meta":
+        raise UserError(
+            f"layer {index}: its weights are offloaded; load the model on one device to fingerprint it"
+        )
+    flat = weight.detach().reshape(-1)
+    # Knuth's multiplicative hash spreads the choice over all rows and columns whatever the shape.
+    chosen = torch.arange(_WEIGHTS_SAMPLED, device=flat.device) * 2_654_435_761 % flat.numel()
+    signs = torch.signbit(flat[chosen]) if flat.is_floating_point() else flat[chosen]
+    return signs.to(torch.uint8).cpu().numpy().tobytes()
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,145 @@
+"""A uniform sample of K and V over all tokens ever seen, in bounded memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from million_cli.errors import UserError
+
+
+class Reservoir:
+    """Bottom-n sampling of one layer: each token draws a 64-bit priority, and the n smallest are kept.
+
+    Priorities are independent and uniform, so every n-subset of the tokens is equally likely (Cohen and
+    Kaplan 2007, "Summarizing data using bottom-k sketches").  The i-th token's priority is the i-th output
+    of a counter-based generator (Philox) keyed by (seed, stream), which makes the sample a function of the
+    seed and of the sequence of tokens alone: it depends neither on how the sequence was cut into chunks nor
+    on where a run was interrupted, and the state to resume from is the number of tokens seen.  All heads of
+    the layer keep the same tokens.
+
+    In a batch the tokens count in order of position first, batch row second.
+
+    Args:
+        capacity: n, the most tokens to keep.
+        seed: of the run, >= 0.
+        stream: tells apart the reservoirs of a run, e.g. the layer's index.
+    """
+
+    def __init__(self, capacity: int, seed: int, stream: int) -> None:
+        assert capacity > 0
+        assert seed >= 0
+        self.capacity = capacity
+        self.seen = 0
+        self._philox_key = (seed, stream)
+        self._generator = np.random.Philox(key=self._philox_key)
+        self._priorities = np.empty(0, dtype=np.uint64)
+        self._positions = np.empty(0, dtype=np.int64)
+        self._keys: torch.Tensor | None = None  # [Hkv, capacity, D] on the CPU, slots in no order
+        self._values: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self._priorities)
+
+    def add(self, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None = None) -> None:
+        """Offer the tokens of a chunk.
+
+        Args:
+            keys: `[B, Hkv, N, D]`, any floating dtype and device; kept in that dtype on the CPU.
+            values: `[B, Hkv, N, D]`.
+            mask: `[B, N]` bool, False for padding, which is neither counted nor kept; None keeps all.
+
+        Raises:
+            UserError: a token that would be kept holds NaN or infinity.
+        """
+        B, _, N, _ = keys.shape
+        real = np.arange(N * B) if mask is None else np.flatnonzero(mask.T.reshape(-1).cpu().numpy())
+        priorities = self._generator.random_raw(len(real))
+        positions = self.seen + np.arange(len(real))
+        self.seen += len(real)
+        if len(self) == self.capacity:
+            promising = priorities < self._priorities.max()
+            real, priorities, positions = real[promising], priorities[promising], positions[promising]
+        if not len(real):
+            return
+
+        old = len(self)
+        priorities = np.concatenate([self._priorities, priorities])
+        positions = np.concatenate([self._positions, positions])
+        kept = np.arange(len(priorities))
+        if len(kept) > self.capacity:
+            kept = np.argpartition(priorities, self.capacity - 1)[: self.capacity]
+        stays = np.zeros(len(priorities), dtype=bool)
+        stays[kept] = True
+        entering = np.flatnonzero(stays[old:])
+        slots = np.concatenate([np.flatnonzero(~stays[:old]), np.arange(old, len(kept))])
+        self._write(slots, keys, values, real[entering])
+        self._priorities = _put(priorities[:old], slots, priorities[old:][entering])
+        self._positions = _put(positions[:old], slots, positions[old:][entering])
+
+    def contents(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sample as keys and values `[Hkv, n, D]`, in the order in which the tokens were seen.
+
+        Raises:
+            UserError: no token was seen yet.
+        """
+        if self._keys is None or self._values is None:
+            raise UserError("the sample is empty: no token was read")
+        order = torch.from_numpy(np.argsort(self._positions))
+        return self._keys[:, order], self._values[:, order]
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All that `restore` needs to go on exactly, as tensors."""
+        keys, values = self.contents()
+        order = np.argsort(self._positions)
+        return {
+            "keys": keys,
+            "values": values,
+            "positions": torch.from_numpy(self._positions[order]),
+            "priorities": torch.from_numpy(self._priorities[order].view(np.int64)),
+            "seen": torch.tensor(self.seen),
+        }
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        """Go back to a `state()` of a reservoir of the same capacity, seed and stream."""
+        self.seen = int(state["seen"])
+        self._positions = state["positions"].numpy().copy()
+        self._priorities = state["priorities"].numpy().view(np.uint64).copy()
+        assert len(self) == min(self.seen, self.capacity)
+        self._keys = self._values = None
+        keys, values = state["keys"], state["values"]
+        self._allocate(keys, values)
+        self._keys[:, : len(self)] = keys  # type: ignore[index]
+        self._values[:, : len(self)] = values  # type: ignore[index]
+        self._generator = np.random.Philox(key=self._philox_key)
+        self._generator.advance(self.seen // 4)  # one step of Philox makes four outputs
+        self._generator.random_raw(self.seen % 4)
+
+    def _write(self, slots: np.ndarray, keys: torch.Tensor, values: torch.Tensor, chosen: np.ndarray) -> None:
+        B = keys.shape[0]
+        row = torch.from_numpy(chosen % B).to(keys.device)
+        position = torch.from_numpy(chosen // B).to(keys.device)
+        new_keys = keys[row, :, position].transpose(0, 1).cpu()  # [Hkv, chosen, D]
+        new_values = values[row, :, position].transpose(0, 1).cpu()
+        if not (new_keys.isfinite().all() and new_values.isfinite().all()):
+            raise UserError(
+                "the sampled K or V holds NaN or infinity; try another dtype (bfloat16 or float32)"
+            )
+        self._allocate(new_keys, new_values)
+        at = torch.from_numpy(slots)
+        self._keys[:, at] = new_keys  # type: ignore[index]
+        self._values[:, at] = new_values  # type: ignore[index]
+
+    def _allocate(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        if self._keys is None:
+            heads, _, head_dim = keys.shape
+            self._keys = torch.empty(heads, self.capacity, head_dim, dtype=keys.dtype)
+            self._values = torch.empty(heads, self.capacity, values.shape[-1], dtype=values.dtype)
+
+
+def _put(array: np.ndarray, slots: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """`array` with `new` at `slots`, which may reach beyond its end."""
+    grown = np.empty(max(len(array), int(slots.max(initial=-1)) + 1), dtype=array.dtype)
+    grown[: len(array)] = array
+    grown[slots] = new
+    return grown
