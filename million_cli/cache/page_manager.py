@@ -11,7 +11,7 @@ class PageError(RuntimeError):
     """A request that the pool cannot serve; no state has changed."""
 
 
-class PagePoolExhausted(PageError):
+class PagePoolExhausted(PageError):  # noqa: N818 (a state, named as in serving engines)
     """More pages were requested than are free."""
 
     def __init__(self, requested: int, free: int, total: int) -> None:
@@ -19,7 +19,7 @@ class PagePoolExhausted(PageError):
         self.requested, self.free, self.total = requested, free, total
 
 
-class DoubleFree(PageError):
+class DoubleFree(PageError):  # noqa: N818
     """A page was released more often than it was taken."""
 
     def __init__(self, page: int, held: int, released: int) -> None:

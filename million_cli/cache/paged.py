@@ -27,7 +27,8 @@ class PagedStore(CodeStore):
 
     Args:
         max_pages: size of the pool, fixed; an append that needs more raises `PagePoolExhausted` and changes
-            nothing, so the run can go on from `to_contiguous()`.  None: the pool grows by an eighth when used up.
+            nothing, so the run can go on from `to_contiguous()`.  None: the pool grows by an eighth when it
+            is used up.
 
     Raises:
         UserError: max_pages is below 1.
@@ -79,9 +80,9 @@ class PagedStore(CodeStore):
         return mirror
 
     def to_contiguous(self) -> ContiguousStore:
-        """The same tokens in a contiguous store: same codes, same windows, so the same attention, bit for bit.
+        """The same tokens in a contiguous store: same codes and windows, so the same attention, bit for bit.
 
-        This store is empty afterwards; its layers may be at different lengths (in the midst of a forward pass).
+        The layers may be at different lengths (amid a forward pass).  Afterwards this store is empty.
         """
         target = ContiguousStore(
             [(state.keys, state.values) for state in self._layers],

@@ -3,7 +3,7 @@
 After every append, and after every other operation, a layer of `length` tokens holds exactly
 `WindowSpec.coded_length(length)` tokens as codes and the rest exactly.  Subclasses own the codes only.
 
-Letters: B batch, Hkv KV heads, T tokens, N new tokens, D head_dim, M subspaces, P page size, R residual window.
+Letters: B batch, Hkv KV heads, N new tokens, D head_dim, M subspaces, P page size, R residual window.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class CodeStore(ABC):
         return self.window.coded_length(self._layers[layer].length)
 
     def codes(self, layer: int) -> tuple[CodeReader, CodeReader]:
-        """Readers of a layer's key and value codes, good until the next change; the layer has been appended to."""
+        """Readers of the key and value codes of a layer that was appended to, good until the next change."""
         return self._readers(layer, self.coded(layer))
 
     def exact(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -114,12 +114,12 @@ class CodeStore(ABC):
     def memory(self) -> dict[str, int]:
         """Bytes of the tensors held, by use; codebooks are the caller's.
 
-        key_codes, value_codes: pages or rows that hold tokens.  pool_reserved: allocated for codes, not in use.
-        window: the rings, full or not.  block_table: host and device copies (0 when contiguous).  total: all.
+        key_codes, value_codes: pages or rows that hold tokens.  window: the rings, full or not.  block_table:
+        host and device copies (0 when contiguous).  pool_reserved: allocated for codes, not in use.
         """
         window = sum(state.window.nbytes for state in self._layers if state.window is not None)
-        parts = {"window": window, **self._code_bytes()}
-        return {**parts, "total": sum(parts.values())}
+        codes = self._code_bytes()
+        return {**codes, "window": window, "total": sum(codes.values()) + window}
 
     # -- changing --------------------------------------------------------------------------------------------
 
@@ -138,13 +138,15 @@ class CodeStore(ABC):
             PagePoolExhausted: (paged) no room for the new pages; nothing has changed, in any layer.
         """
         state = self._layers[layer]
-        B, Hkv, N, D = k.shape
-        assert k.shape == v.shape and N > 0 and state.keys.spec.head_dim == D, (k.shape, v.shape)
+        B, _, N, D = k.shape
+        assert k.shape == v.shape, (k.shape, v.shape)
+        assert N > 0, k.shape
+        assert state.keys.spec.head_dim == D, k.shape
         if self.batch is not None and self.batch != B:
             raise UserError(f"batch={B}: this cache holds a batch of {self.batch}; reset it first")
         start, end = state.length, state.length + N
         coded, coded_after = self.window.coded_length(start), self.window.coded_length(end)
-        self._reserve(layer, coded_after, k)  # may raise; from here on nothing does
+        self._reserve(layer, coded_after, k)  # an exhausted pool shows here, before any change
 
         if state.window is None:
             state.window = ResidualWindow(k, self.window.residual)
@@ -193,8 +195,8 @@ class CodeStore(ABC):
         """Keep the oldest `length` tokens of every layer (shorter layers stay).
 
         Where this cuts below what was coded, the tokens that the closed form now wants exact are decoded back
-        into the window, in the model's dtype: what was lost by coding stays lost.  A decoded vector encodes to
-        the code it came from, except if rounding it to a half-precision dtype crosses to another centroid.
+        into the window, in the model's dtype: what was lost by coding stays lost.  A decoded vector encodes
+        to the code it came from, unless rounding it to a half-precision dtype crosses to another centroid.
         """
         assert length >= 0, length
         for layer, state in enumerate(self._layers):

@@ -77,8 +77,8 @@ def attend(
     Args:
         query: `[B, Hq, N, D]`, N == view.num_queries, Hq a multiple of Hkv.
         scale: factor on the scores.
-        mask: None (causal), bool `[B or 1, Hq or 1, N, >= length]` (True = attend), or additive floats of that
-            shape.  A given mask is the whole truth: causality is added only when there is none.
+        mask: None (causal), bool `[B or 1, Hq or 1, N, >= length]` (True = attend), or additive floats of
+            that shape.  A given mask is the whole truth: causality is added only when there is none.
         softcap: scores become softcap * tanh(scores / softcap), before the mask.
         first_valid: `[B]` integers, tokens before it (left padding) are not seen; combines with either mask.
 

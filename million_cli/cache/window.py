@@ -6,14 +6,14 @@ from torch import Tensor
 
 
 class ResidualWindow:
-    """Keys and values `[B, Hkv, R, D]` in the model's dtype, unrotated; the token at position t is in slot t mod R.
+    """Keys and values `[B, Hkv, R, D]` in the model's dtype, unrotated; position t is in slot t mod R.
 
     Nothing is ever shifted: a token is written once and overwritten R tokens later.  Which positions are
     valid is the store's knowledge.
     """
 
     def __init__(self, like: Tensor, residual: int) -> None:
-        """A ring for `residual` tokens of the batch, heads, head_dim, dtype and device of `like [B, Hkv, _, D]`."""
+        """A ring for `residual` tokens; all else (sizes, dtype, device) as in `like [B, Hkv, _, D]`."""
         B, Hkv, _, D = like.shape
         # Zeros, not garbage: a compiled reader may load slots that it then masks.
         self.keys = like.new_zeros(B, Hkv, residual, D)

@@ -1,7 +1,7 @@
 """Readers: stored codes as plain tensors plus the layout that explains them.
 
-A reader is what attention receives in place of a dense K or V.  The torch reference asks it for spans of codes;
-a compiled op takes its raw tensors.
+A reader is what attention receives in place of a dense K or V.  The torch reference asks it for spans of
+codes; a compiled op takes its raw tensors.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class CodeReader(Protocol):
 
 @dataclass(frozen=True)
 class ContiguousCodes:
-    """Codes row by row in one buffer `packed [B, Hkv, capacity, row_bytes]` uint8, of which `length` rows are filled."""
+    """Codes in rows of one buffer `packed [B, Hkv, capacity, row_bytes]` uint8, the first `length` filled."""
 
     packed: Tensor
     layout: Layout
@@ -44,8 +44,8 @@ class PagedCodes:
 
     Attributes:
         pool: `[num_pages, Hkv, *layout.page_shape]` uint8.
-        block_table: `[B, max_pages]` int32 on the pool's device; entry [b, i] is the id of the page that holds
-            the tokens i * P .. (i + 1) * P - 1 of sequence b.  Entries past the coded length are undefined.
+        block_table: `[B, max_pages]` int32 on the pool's device; entry [b, i] is the id of the page that
+            holds the tokens i * P .. (i + 1) * P - 1 of sequence b.  Entries past `length` are not read.
         length: tokens readable in each sequence.
     """
 

@@ -51,7 +51,7 @@ class Layout(Protocol):
 class RowLayout:
     """Tokens by rows: `[P, row_bytes]`, one token's M codes side by side, rows byte-aligned.
 
-    `pack` and `unpack` take any number of rows, so a contiguous run of tokens is the same layout without pages.
+    `pack` and `unpack` take any number of rows: a contiguous run of tokens is this layout without pages.
     """
 
     spec: CodeSpec

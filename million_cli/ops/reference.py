@@ -6,15 +6,17 @@ For a query q at position t of a head (equations of the method: MILLION, DAC 202
     p   = softmax over all j together, after softcap and mask
     o   = sum_j p_j v_j           v_j likewise
 
-A single query never sees a dense K: its products with all centroids form a lookup table `[M, C]`, and a score is
-the sum of M entries chosen by the codes.  Values are decoded span by span into a scratch block and dropped.  Many
-queries share each span's decoded keys instead, which gives the same scores by matrix products.  The rotation, where
-there is one, goes onto the query (q R . k R = q . k) and off the coded part of the output (o = o_rot R^T).
+A single query never sees a dense K: its products with all centroids form a lookup table `[M, C]`, and a
+score is the sum of M entries chosen by the codes.  Values are decoded span by span into a scratch block and
+dropped.  Many queries share each span's decoded keys instead, which gives the same scores by matrix products.
+The rotation, where there is one, goes onto the query (q R . k R = q . k) and off the coded part of the output
+(o = o_rot R^T).
 
-All arithmetic is float32, or float64 if the query is.  Spans are merged by their running maximum and sum (online
-softmax, base e), so memory is bounded whatever the length.
+All arithmetic is float32, or float64 if the query is.  Spans are merged by their running maximum and sum
+(online softmax, base e), so memory is bounded whatever the length.
 
-Letters: B batch, Hq/Hkv query and KV heads, G = Hq / Hkv, N queries, T tokens, D head_dim, M subspaces, C centroids.
+Letters: B batch, Hq/Hkv query and KV heads, G = Hq / Hkv, N queries, T tokens, D head_dim, M subspaces,
+C centroids a subspace.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ from million_cli.pq.codebook import LayerPQ
 from million_cli.pq.codec import decode
 from million_cli.pq.rotation import rotate, unrotate
 
-# Elements of K, and of V, decoded at once (over batch, heads, tokens and dimensions), and scores alive at once (over
-# batch, heads, queries and tokens): about a core's share of cache on a CPU, a small part of a GPU's memory.
+# Elements of K, and of V, decoded at once (batch, heads, tokens and dimensions), and scores alive at once
+# (batch, heads, queries and tokens): about the caches of a CPU, a small part of a GPU's memory.
 _SPAN_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
 _SCORE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}
 # Rows of a block share the span of keys that any of them sees, so long blocks waste work on masked scores.
@@ -61,11 +63,11 @@ def attention(
         key_codes, value_codes: readers of at least boundaries[-1] tokens.
         pq_keys, pq_values: what decodes them.
         exact_keys, exact_values: `[B, Hkv, E, D]`, the tokens boundaries[0] .. length - 1.
-        boundaries: N non-decreasing counts: query i sees codes of the tokens below boundaries[i], exact vectors
-            from there on.  At most its own position.
+        boundaries: N non-decreasing counts, at most the query's own position: query i sees codes of the
+            tokens below boundaries[i] and exact vectors from there on.
         scale: factor on the scores.
-        mask: None (causal), bool `[B or 1, Hq or 1, N, >= length]` (True = attend), or additive floats of that
-            shape.  A given mask is the whole truth: causality is added only when there is none.
+        mask: None (causal), bool `[B or 1, Hq or 1, N, >= length]` (True = attend), or additive floats of
+            that shape.  A given mask is the whole truth: causality is added only when there is none.
         softcap: scores become softcap * tanh(scores / softcap), before the mask.
         first_valid: `[B]` integers, tokens before it are not seen; combines with either mask.
 
@@ -75,8 +77,9 @@ def attention(
     B, Hq, N, D = query.shape
     Hkv, E = exact_keys.shape[1:3]
     length = boundaries[0] + E
-    assert len(boundaries) == N and Hq % Hkv == 0, (query.shape, exact_keys.shape, len(boundaries))
-    assert mask is None or (mask.ndim == 4 and mask.shape[2] == N and mask.shape[3] >= length), mask.shape
+    assert len(boundaries) == N, (query.shape, len(boundaries))
+    assert Hq % Hkv == 0, (query.shape, exact_keys.shape)
+    assert mask is None or (mask.shape[2] == N and mask.shape[3] >= length), mask.shape
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     q = query.to(dtype).unflatten(1, (Hkv, -1)) * scale  # [B, Hkv, G, N, D]
     softmax = _OnlineSoftmax(q)
@@ -119,10 +122,10 @@ def attention(
 
 
 class _OnlineSoftmax:
-    """Softmax-weighted sums of values for all queries, gathered span by span; `output [B, Hkv, G, N, D]` is unscaled.
+    """Softmax-weighted sums of values, gathered span by span; `output [B, Hkv, G, N, D]` is not normalised.
 
-    Masked scores are the dtype's least finite number, not -inf: a row of them alone has finite weights, and as
-    soon as a row meets a real score, what it gathered from masked ones is scaled to exactly zero.
+    Masked scores are the dtype's least finite number, not -inf: a row of them alone has finite weights, and
+    as soon as a row meets a real score, what it gathered from masked ones is scaled to exactly zero.
     """
 
     def __init__(self, query: Tensor) -> None:
@@ -184,7 +187,7 @@ class _Visibility:
 
 
 def _product(query: Tensor, keys: Tensor) -> Tensor:
-    """`[B, Hkv, G, n, D]` x `[B, Hkv, T, D]` -> `[B, Hkv, G, n, T]`; the heads of a group share K unrepeated."""
+    """`[B, Hkv, G, n, D]` x `[B, Hkv, T, D]` -> `[B, Hkv, G, n, T]`; a group's heads share K unrepeated."""
     return (query.flatten(2, 3) @ keys.mT).unflatten(2, query.shape[2:4])
 
 
