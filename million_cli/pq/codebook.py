@@ -53,7 +53,7 @@ class LayerPQ:
 class ProductQuantizer:
     """One side (keys or values) of all layers.
 
-    centroids: float32 [Lc, Hc, M, C, dsub], (Lc, Hc) = (1, 1) | (L, 1) | (L, Hkv) for scope merged | layer | head;
+    centroids: float32 [Lc, Hc, M, C, dsub], (Lc, Hc) = (1, 1) | (L, 1) | (L, Hkv) for merged | layer | head;
     rotation: float32 [Lr, Hr, D, D] or None, Lr in {1, L}, Hr in {1, Hkv}.
     """
 
@@ -101,6 +101,7 @@ class CodebookMeta:
     samples: int
     seed: int
     trainer: str
+    seeding: str
     iterations: int
     key_rotation: str
     value_rotation: str

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from million_cli.errors import UserError
+from million_cli.pq.argmin import block_elements, first_argmin
 from million_cli.pq.codebook import LayerPQ
 from million_cli.pq.packing import code_dtype
 from million_cli.pq.rotation import rotate, unrotate
@@ -23,11 +24,8 @@ from million_cli.pq.rotation import rotate, unrotate
 Backend = Literal["torch", "keops"]
 BACKENDS: tuple[Backend, ...] = ("torch", "keops")
 
-# Elements of one block of distances: a core's share of cache on a CPU, a small part of a GPU's memory.
-_BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25}
 # Elements of input turned to float32 (or decoded through int32 indices) at a time.
 _SLICE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
-_ARGMIN_BLOCK = 32
 
 
 def encode(x: Tensor, pq: LayerPQ, backend: Backend = "torch") -> Tensor:
@@ -41,7 +39,7 @@ def encode(x: Tensor, pq: LayerPQ, backend: Backend = "torch") -> Tensor:
     if backend not in BACKENDS:
         raise UserError(f"encoder={backend}: accepted are {', '.join(BACKENDS)}")
     if backend == "keops":
-        from million_cli.pq.codec_keops import nearest
+        from million_cli.pq.codec_keops import nearest_centroid as nearest
     else:
         nearest = nearest_centroid
     B, H, T, D = x.shape
@@ -51,7 +49,7 @@ def encode(x: Tensor, pq: LayerPQ, backend: Backend = "torch") -> Tensor:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     centroids = centroids.to(dtype).flatten(0, 1)  # [Hc * M, C, dsub]
     codes = torch.empty(B, H, T, spec.M, dtype=code_dtype(spec.nbits), device=x.device)
-    step = max(1, _budget(_SLICE_ELEMENTS, x.device) // (B * H * D))
+    step = max(1, _slice_elements(x.device) // (B * H * D))
     for start in range(0, T, step):
         part = rotate(x[:, :, start : start + step].to(dtype), pq.rotation)
         t = part.shape[2]
@@ -81,7 +79,7 @@ def decode(codes: Tensor, pq: LayerPQ, dtype: torch.dtype, rotated: bool = False
     table = pq.centroids.to(table_dtype).view(Hc * M * C, dsub)
     first_row = (torch.arange(Hc * M, dtype=torch.int32, device=codes.device) * C).view(Hc, 1, M)
     out = torch.empty(B, H, T, spec.head_dim, dtype=dtype, device=codes.device)
-    step = max(1, _budget(_SLICE_ELEMENTS, codes.device) // (B * H * spec.head_dim))
+    step = max(1, _slice_elements(codes.device) // (B * H * spec.head_dim))
     for start in range(0, T, step):
         part = F.embedding(codes[:, :, start : start + step].to(torch.int32) + first_row, table).flatten(-2)
         out[:, :, start : start + step] = unrotate(part, pq.rotation) if undo else part
@@ -95,7 +93,7 @@ def nearest_centroid(points: Tensor, centroids: Tensor) -> Tensor:
     """
     N, n, dsub = points.shape
     C = centroids.shape[1]
-    budget = _budget(_BLOCK_ELEMENTS, points.device)
+    budget = block_elements(points.device)
     rows = max(1, min(n, budget // C))
     problems = max(1, budget // (C * rows))
     by_dim = centroids.permute(2, 0, 1).contiguous()  # [dsub, N, C]: a dimension's centroids are contiguous
@@ -118,20 +116,5 @@ def nearest_centroid(points: Tensor, centroids: Tensor) -> Tensor:
     return found
 
 
-def first_argmin(values: Tensor) -> Tensor:
-    """argmin over the last dimension, the first of equals: [..., C] contiguous -> int64 [...].
-
-    On a CPU torch's argmin is scalar while amin is vectorised, so the least block is found first.
-    """
-    C = values.shape[-1]
-    if values.device.type != "cpu" or C <= _ARGMIN_BLOCK:  # C is a power of two
-        return values.argmin(-1)
-    blocks = values.view(-1, C // _ARGMIN_BLOCK, _ARGMIN_BLOCK)
-    block = blocks.amin(-1).argmin(-1)
-    row_start = torch.arange(0, blocks.shape[0] * blocks.shape[1], blocks.shape[1])
-    within = blocks.flatten(0, 1).index_select(0, row_start + block).argmin(-1)
-    return (block * _ARGMIN_BLOCK + within).view(values.shape[:-1])
-
-
-def _budget(table: dict[str, int], device: torch.device) -> int:
-    return table["cpu"] if device.type == "cpu" else table["cuda"]
+def _slice_elements(device: torch.device) -> int:
+    return _SLICE_ELEMENTS["cpu" if device.type == "cpu" else "cuda"]

@@ -1,0 +1,80 @@
+"""The same k-means by FAISS, one problem after the other: slower, and the check of `kmeans`.
+
+Both start from the same seeds, so what is compared are the iterations; FAISS splits a large cluster where
+`kmeans` reseeds an empty one.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from million_cli.errors import UserError
+from million_cli.pq.kmeans import Progress, Seeding, seed_centroids
+
+
+def faiss_kmeans(
+    samples: Tensor,
+    C: int,
+    *,
+    iterations: int = 25,
+    seed: int = 0,
+    seeding: Seeding = "kmeans++",
+    progress: Progress | None = None,
+) -> Tensor:
+    """Centroids of N independent problems: samples [N, n, dsub] (n >= 1, finite) -> float32 [N, C, dsub].
+
+    Runs on a GPU if the samples are on one and the FAISS installed can.  Where the seeds hit every sample
+    (at most C distinct ones) they are the result.
+
+    Raises:
+        UserError: FAISS is not installed.
+    """
+    faiss = import_faiss()
+    N, n, dsub = samples.shape
+    centroids = torch.empty(N, C, dsub)
+    gpu = samples.device.type == "cuda" and faiss.get_num_gpus() > 0
+    for i in range(N):
+        x = samples[i : i + 1].float()
+        seeds = seed_centroids(x, C, seed, seeding)
+        if _covers(x[0], seeds[0]):
+            centroids[i] = seeds[0]
+        else:
+            x = x[0].repeat(-(-C // n), 1)  # FAISS insists on C samples; copies of all leave the means alone
+            clustering = faiss.Kmeans(
+                dsub,
+                C,
+                niter=iterations,
+                seed=seed % 2**31,
+                min_points_per_centroid=1,
+                max_points_per_centroid=len(x),
+                gpu=gpu,
+            )
+            clustering.train(x.cpu().numpy(), init_centroids=seeds[0].cpu().numpy())
+            centroids[i] = torch.from_numpy(clustering.centroids)
+        if progress:
+            progress(1)
+    return centroids.to(samples.device)
+
+
+def import_faiss() -> ModuleType:
+    """The module `faiss`.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import faiss
+    except ImportError as error:
+        raise UserError(
+            "trainer=faiss needs FAISS: pip install 'million[cpu]' or 'million[gpu]', or use trainer=torch"
+        ) from error
+    return faiss
+
+
+def _covers(x: Tensor, seeds: Tensor) -> bool:
+    """Whether every sample [n, dsub] is one of the seeds [C, dsub]."""
+    samples = {tuple(row) for row in x.tolist()} if len(x) else set()
+    return len(samples) <= len(seeds) and samples <= {tuple(row) for row in seeds.tolist()}
