@@ -76,7 +76,7 @@ def decode(codes: Tensor, pq: LayerPQ, dtype: torch.dtype, rotated: bool = False
     assert Hc in (1, H), (codes.shape, pq.centroids.shape)
     undo = pq.rotation is not None and not rotated
     table_dtype = torch.promote_types(dtype, torch.float32) if undo else dtype
-    table = pq.centroids.to(table_dtype).view(Hc * M * C, dsub)
+    table = pq.centroids.to(table_dtype).reshape(Hc * M * C, dsub)
     first_row = (torch.arange(Hc * M, dtype=torch.int32, device=codes.device) * C).view(Hc, 1, M)
     out = torch.empty(B, H, T, spec.head_dim, dtype=dtype, device=codes.device)
     step = max(1, _slice_elements(codes.device) // (B * H * spec.head_dim))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Literal, get_args
@@ -32,11 +33,11 @@ class TrainSpec:
 
     scope: which layers and heads share centroids; trainer: which k-means; seeding: its seeds (random and 25
     iterations are FAISS's defaults); rotations: a method of `rotation.ROTATIONS` for each side;
-    max_samples_per_centroid: a problem uses at most about this times C samples, chosen at random (256 is FAISS's
-    limit too); device: where k-means runs.
+    max_samples_per_centroid: a problem uses at most about this times C samples, chosen at random (256 is
+    FAISS's limit too); device: where k-means runs.
 
     Raises:
-        UserError: a value outside of what is accepted.
+        UserError: a value outside of what is accepted, or trainer=faiss without FAISS.
     """
 
     scope: Scope = "head"
@@ -62,6 +63,8 @@ class TrainSpec:
         for name in ("iterations", "max_samples_per_centroid"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: accepted are numbers from 1")
+        if self.trainer == "faiss":
+            import_faiss()
 
 
 def train_codebook(
@@ -79,8 +82,7 @@ def train_codebook(
     """Train both sides from samples [L, Hkv, n, D] (any float dtype; keys after RoPE) and fill in the card.
 
     Raises:
-        UserError: samples that do not fit the fingerprint, no samples, NaN or infinity among them, or a
-            trainer that is not installed.
+        UserError: samples that do not fit the fingerprint, no samples, or NaN or infinity among them.
     """
     sides = {
         "keys": (keys, spec.keys, train.key_rotation),
@@ -96,11 +98,9 @@ def train_codebook(
             )
         if n == 0:
             raise UserError(f"no samples of {name}: the text is too short")
-        for layer, part in enumerate(samples):
+        for layer, part in zip(fingerprint.layers, samples, strict=True):
             if not bool(part.isfinite().all()):
-                raise UserError(
-                    f"samples of {name} of layer {fingerprint.layers[layer]} hold NaN or infinity"
-                )
+                raise UserError(f"samples of {name} of layer {layer} hold NaN or infinity")
     problems = {name: _problems(train.scope, samples, side) for name, (samples, side, _) in sides.items()}
     quantizers, errors, before = {}, {}, 0
     for name, (samples, side, rotation) in sides.items():
@@ -219,11 +219,9 @@ def _shifted(progress: Progress | None, before: int, total: int) -> Progress | N
 
 
 def _versions(trainer: Trainer) -> dict[str, str]:
-    versions = {"torch": torch.__version__}
+    versions = {"torch": str(torch.__version__)}
     if trainer == "faiss":
         versions["faiss"] = import_faiss().__version__
-    try:
+    with suppress(metadata.PackageNotFoundError):  # run from a checkout that is not installed
         versions["million"] = metadata.version("million")
-    except metadata.PackageNotFoundError:  # run from a checkout that is not installed
-        pass
     return versions
