@@ -1,1 +1,46 @@
-"""KV-cache product quantization for transformers models."""
+"""Product quantization of the KV cache of transformers models.
+
+Train a codebook for a model on some text, then generate with a cache of codes:
+
+    from million_cli import PagedPQCache, load_model, train_codebook
+
+    model, tokenizer = load_model("reference")
+    codebook = train_codebook(model, tokenizer, open("calibration.txt").read(), M=32, nbits=8)
+    codebook.save("codebook.safetensors")
+
+    cache = PagedPQCache(model, "codebook.safetensors")
+    inputs = tokenizer("The history of the", return_tensors="pt")
+    output = model.generate(**inputs, past_key_values=cache, max_new_tokens=200)
+    print(tokenizer.decode(output[0]), cache.memory())
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from million_cli.integration.cache import DynamicPQCache, PagedPQCache
+    from million_cli.integration.calibrate import train_codebook
+    from million_cli.integration.models import load_model
+
+__all__ = ["DynamicPQCache", "PagedPQCache", "load_model", "train_codebook"]
+__version__ = "0.1.0"
+
+_HOME = {
+    "DynamicPQCache": "million_cli.integration.cache",
+    "PagedPQCache": "million_cli.integration.cache",
+    "load_model": "million_cli.integration.models",
+    "train_codebook": "million_cli.integration.calibrate",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that the command line starts without torch."""
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

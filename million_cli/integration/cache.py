@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from million_cli.cache.page_manager import PagePoolExhausted
 from million_cli.cache.paged import PagedStore
 from million_cli.cache.store import CodeStore
 from million_cli.cache.view import KVView, attend
+from million_cli.errors import UserError
 from million_cli.integration.attention import PQHandle, use_pq_attention
 from million_cli.integration.compat import reset_dense_layer, tokens_to_remove
 from million_cli.integration.models import fingerprint, full_attention_layers
@@ -96,18 +98,12 @@ class PQCache(Cache):
         config = model if isinstance(model, PreTrainedConfig) else model.config
         text_config = config.get_text_config(decoder=True)
         if isinstance(model, PreTrainedConfig):
-            # Without weights, the codebook's word is taken for their digest.
-            heads = text_config.num_key_value_heads
-            head_dim = getattr(text_config, "head_dim", None) or (
-                text_config.hidden_size // text_config.num_attention_heads
-            )
+            # What only the weights can tell is taken from the codebook; `append` checks the shapes.
             ours = replace(
                 codebook.meta.fingerprint,
                 model_type=text_config.model_type,
                 num_layers=text_config.num_hidden_layers,
                 layers=full_attention_layers(config),
-                num_kv_heads=heads,
-                head_dim=head_dim,
             )
             device, dtype = torch.device("cpu"), torch.float32
         else:
@@ -204,8 +200,14 @@ class PQCache(Cache):
             UserError: the batch differs from that of earlier appends, or a strict run would have to fall
             back.
         """
-        if (keys.device, keys.dtype) != (self._query.device, self._query.dtype) and self.store.batch is None:
-            self._decide(keys.device, keys.dtype)
+        if self.store.batch is None:
+            expected = (self._query.num_kv_heads, self._query.spec.keys.head_dim)
+            if (keys.shape[1], keys.shape[3]) != expected:
+                raise UserError(
+                    f"(KV heads, head_dim)={(keys.shape[1], keys.shape[3])}: the codebook is for {expected}"
+                )
+            if (keys.device, keys.dtype) != (self._query.device, self._query.dtype):
+                self._decide(keys.device, keys.dtype)
         try:
             view = self.store.append(position, keys, values)
         except PagePoolExhausted as error:
@@ -286,7 +288,7 @@ class DynamicPQCache(PQCache):
         model: the model to serve, whose attention implementation is set accordingly.  A configuration is
         accepted
             too; then only shapes are checked, and the model must have had `use_pq_attention(model)`.
-        codebook: trained for the model.
+        codebook: trained for the model, or the path of one.
         window: page size and residual window; the default is 64 and 128 tokens.
         prefill: what several new tokens at once attend to: "exact" K and V of all tokens that were not coded
             before, or "quantized", exactly what they would have seen one by one.
@@ -304,7 +306,7 @@ class DynamicPQCache(PQCache):
     def __init__(
         self,
         model: PreTrainedModel | PreTrainedConfig,
-        codebook: Codebook,
+        codebook: Codebook | str | os.PathLike[str],
         window: WindowSpec | None = None,
         *,
         prefill: Prefill = "exact",
@@ -312,6 +314,7 @@ class DynamicPQCache(PQCache):
         strict: bool = False,
         kernels: Kernels = NO_KERNELS,
     ) -> None:
+        codebook = codebook if isinstance(codebook, Codebook) else Codebook.load(codebook)
         layers = _layers_of(codebook)
         super().__init__(
             model,
@@ -340,7 +343,7 @@ class PagedPQCache(PQCache):
     def __init__(
         self,
         model: PreTrainedModel | PreTrainedConfig,
-        codebook: Codebook,
+        codebook: Codebook | str | os.PathLike[str],
         window: WindowSpec | None = None,
         *,
         max_pages: int | None = None,
@@ -349,6 +352,7 @@ class PagedPQCache(PQCache):
         strict: bool = False,
         kernels: Kernels = NO_KERNELS,
     ) -> None:
+        codebook = codebook if isinstance(codebook, Codebook) else Codebook.load(codebook)
         layers = _layers_of(codebook)
         super().__init__(
             model,
