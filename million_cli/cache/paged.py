@@ -173,6 +173,8 @@ class PagedStore(CodeStore):
             self._stale.update(self._mirrors)
 
     def _take_codes(self, indices: Tensor) -> None:
+        if not self._table.numel():  # no page yet; the table gets its rows with the first one
+            return
         table = self._table.index_select(0, indices.cpu())
         if not torch.equal(table, self._table):
             self._manager.share(table[:, : self._pages].flatten().tolist())
