@@ -1,5 +1,326 @@
-"""Typer commands, nothing else."""
+"""Typer commands, nothing else: each turns its options into Hydra overrides and hands over."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from million_cli.errors import UserError
+
+# Numbers stay text here: the configuration's schema checks them and names what is wrong.
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+EPILOG = (
+    "Everything else is a Hydra override (key=value, e.g. quantizer=pq-3bit cache.page_size=128) or a Hydra "
+    "flag: --multirun runs every combination of comma-separated values, --cfg job prints the configuration."
+)
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="KV-cache product quantization: sample keys and values, train codebooks, measure the cost, decode.",
+)
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model", help="A name under conf/model, a folder, or a model on the hub.", metavar="NAME|PATH"
+    ),
+]
+Dataset = Annotated[
+    str | None,
+    typer.Option(
+        "--dataset", help="A text by name (wikitext2, ptb, ...), a file or a folder.", metavar="NAME|PATH"
+    ),
+]
+Codebook = Annotated[str | None, typer.Option("--codebook", help="A trained codebook (default: train one).")]
+Paged = Annotated[bool, typer.Option("--paged", help="Keep codes in pages (cache=paged).")]
+PageSize = Annotated[
+    str | None, typer.Option("--page-size", "--page_size", help="Tokens a page.", metavar="N")
+]
+ExtendedResidual = Annotated[
+    str | None,
+    typer.Option(
+        "--extended-residual",
+        "--extended_residual",
+        help="Residual window, a multiple of the page size.",
+        metavar="N",
+    ),
+]
+MaxPages = Annotated[
+    str | None, typer.Option("--max-pages", "--max_pages", help="Size of the page pool.", metavar="N")
+]
+Subspaces = Annotated[str | None, typer.Option("-M", help="Subspaces of keys and of values.", metavar="N")]
+Nbits = Annotated[str | None, typer.Option("--nbits", help="Bits of a code, 1 to 16.", metavar="N")]
+Half = Annotated[bool, typer.Option("--half", help="Run the model in float16.")]
+Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:<number>.")]
+Seed = Annotated[
+    str | None,
+    typer.Option("--seed", help="Of samples, training, prompts and random weights.", metavar="N"),
+]
+Strict = Annotated[bool, typer.Option("--strict", help="Make any fallback an error.")]
+Out = Annotated[str | None, typer.Option("--out", help="Folder for results (default: outputs).")]
 
 
-def main() -> None:
-    raise NotImplementedError
+@app.callback(invoke_without_command=True)
+def top(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        from million_cli.results import version as installed
+
+        print(f"million {installed('million')}")
+        raise typer.Exit
+
+
+@app.command(context_settings=PASS_ON, epilog=EPILOG)
+def sample(
+    ctx: typer.Context,
+    model: Model = None,
+    dataset: Dataset = None,
+    half: Half = False,
+    device: Device = None,
+    seed: Seed = None,
+    out: Out = None,
+) -> None:
+    """Read the calibration text and keep a sample of keys and values.
+
+    An interrupted run goes on where it stopped.
+
+    Example: million sample --model /models/Llama-3.1-8B --dataset my.txt sample.tokens=200000
+    """
+    _run("sample", ctx, text="data")
+
+
+@app.command("train-codebook", context_settings=PASS_ON, epilog=EPILOG)
+def train_codebook(
+    ctx: typer.Context,
+    model: Model = None,
+    dataset: Dataset = None,
+    subspaces: Subspaces = None,
+    nbits: Nbits = None,
+    half: Half = False,
+    device: Device = None,
+    seed: Seed = None,
+    out: Out = None,
+) -> None:
+    """Train codebooks from the sample, which is taken first if need be.
+
+    Example: million train-codebook --model /models/Llama-3.1-8B quantizer=pq-3bit
+    """
+    _run("train-codebook", ctx, text="data")
+
+
+@app.command("eval", context_settings=PASS_ON, epilog=EPILOG)
+def evaluate(
+    ctx: typer.Context,
+    model: Model = None,
+    dataset: Dataset = None,
+    codebook: Codebook = None,
+    paged: Paged = False,
+    page_size: PageSize = None,
+    extended_residual: ExtendedResidual = None,
+    max_pages: MaxPages = None,
+    subspaces: Subspaces = None,
+    nbits: Nbits = None,
+    half: Half = False,
+    device: Device = None,
+    seed: Seed = None,
+    strict: Strict = False,
+    out: Out = None,
+) -> None:
+    """Measure what quantizing costs: perplexity and KL, or recall.
+
+    Without a codebook one is trained first.
+
+    Examples: million eval --paged task=passkey; million eval --dataset wikitext2 quantizer=pq-2bit
+    """
+    _run("eval", ctx)
+
+
+@app.command(context_settings=PASS_ON, epilog=EPILOG)
+def bench(
+    ctx: typer.Context,
+    model: Model = None,
+    codebook: Codebook = None,
+    paged: Paged = False,
+    page_size: PageSize = None,
+    extended_residual: ExtendedResidual = None,
+    max_pages: MaxPages = None,
+    subspaces: Subspaces = None,
+    nbits: Nbits = None,
+    half: Half = False,
+    device: Device = None,
+    seed: Seed = None,
+    strict: Strict = False,
+    breakdown: Annotated[bool, typer.Option("--breakdown", help="Time by stage.")] = False,
+    out: Out = None,
+) -> None:
+    """Time the first and the following tokens, beside the dense cache.
+
+    Example: million bench --paged --breakdown bench.context=4096
+    """
+    _run("bench", ctx)
+
+
+@app.command(context_settings=PASS_ON, epilog=EPILOG)
+def run(
+    ctx: typer.Context,
+    model: Model = None,
+    dataset: Dataset = None,
+    codebook: Codebook = None,
+    paged: Paged = False,
+    page_size: PageSize = None,
+    extended_residual: ExtendedResidual = None,
+    max_pages: MaxPages = None,
+    subspaces: Subspaces = None,
+    nbits: Nbits = None,
+    half: Half = False,
+    device: Device = None,
+    seed: Seed = None,
+    strict: Strict = False,
+    breakdown: Annotated[bool, typer.Option("--breakdown", help="Time by stage.")] = False,
+    out: Out = None,
+) -> None:
+    """Chain stages (baseline, sample, train, evaluate, bench) in one job, or several with --multirun.
+
+    Examples: million run experiment=demo --multirun cache=dense,contiguous,paged;
+    million run stages=[sample,train,evaluate,bench] quantizer=pq-3bit
+    """
+    _run("run", ctx)
+
+
+@app.command(context_settings=PASS_ON, epilog=EPILOG)
+def generate(
+    ctx: typer.Context,
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads standard input.")],
+    model: Model = None,
+    codebook: Codebook = None,
+    tokens: Annotated[int, typer.Option("--tokens", help="Tokens to generate.", min=1)] = 64,
+    paged: Paged = False,
+    page_size: PageSize = None,
+    extended_residual: ExtendedResidual = None,
+    max_pages: MaxPages = None,
+    subspaces: Subspaces = None,
+    nbits: Nbits = None,
+    half: Half = False,
+    device: Device = None,
+    seed: Seed = None,
+    strict: Strict = False,
+    out: Out = None,
+) -> None:
+    """Continue a prompt greedily, with any cache.
+
+    Example: million generate --paged "The history of the city begins"
+    """
+    from million_cli.hydra_app import compose
+
+    config = compose(_arguments(ctx))
+    from million_cli.pipelines.generate import generate as pipeline
+
+    pipeline(config, sys.stdin.read() if prompt == "-" else prompt, tokens)
+
+
+@app.command(context_settings=PASS_ON, epilog="Overrides: report.run=all, report.plot=false, out=FOLDER.")
+def report(
+    ctx: typer.Context,
+    csv: Annotated[
+        Path | None, typer.Option("--csv", help="A results CSV (default: the one under --out).")
+    ] = None,
+    out: Out = None,
+) -> None:
+    """Show the latest run (report.run=all: every run) as a table and a plot.
+
+    Example: million report --csv results/demo.csv report.run=all
+    """
+    from million_cli.hydra_app import compose
+    from million_cli.pipelines.report import report as pipeline
+
+    pipeline(compose(_arguments(ctx)))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, what works here, and why what does not."""
+    from million_cli.doctor import diagnose
+
+    raise typer.Exit(diagnose())
+
+
+def main() -> NoReturn:
+    """Entry point: the user's mistake is one line and exit code 2, ours a traceback and 1."""
+    try:
+        sys.exit(app(standalone_mode=False))
+    except UserError as error:
+        message = str(error)
+    except typer.BadParameter.__base__ as error:  # type: ignore[misc]  # click's UsageError, wherever it lives
+        message = error.format_message()
+    except (KeyboardInterrupt, typer.Abort):
+        print("million: interrupted", file=sys.stderr)
+        sys.exit(130)
+    print(f"million: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _run(verb: str, ctx: typer.Context, text: str = "task") -> None:
+    from million_cli.hydra_app import run
+
+    raise typer.Exit(run(verb, _arguments(ctx, text)))
+
+
+def _arguments(ctx: typer.Context, text: str = "task") -> list[str]:
+    """The command's own options as overrides, before those the user wrote (the later one wins)."""
+    options = {name: value for name, value in ctx.params.items() if value is not None and value is not False}
+    overrides: list[str] = []
+    for name, value in options.items():
+        match name:
+            case "model":
+                overrides += _model(value)
+            case "dataset":
+                overrides += _dataset(value, text)
+            case "paged":
+                overrides.append("cache=paged")
+            case "page_size" | "extended_residual" | "max_pages":
+                overrides.append(f"cache.{name}={value}")
+            case "subspaces":
+                overrides += [f"quantizer.keys.M={value}", f"quantizer.values.M={value}"]
+            case "nbits":
+                overrides += [f"quantizer.keys.nbits={value}", f"quantizer.values.nbits={value}"]
+            case "half":
+                overrides.append("model.dtype=float16")
+            case "breakdown":
+                overrides.append("bench.breakdown=true")
+            case "strict":
+                overrides.append("strict=true")
+            case "csv":
+                overrides.append(f"report.csv={quote(str(value))}")
+            case "out" | "codebook" | "device":
+                overrides.append(f"{name}={quote(value)}")
+            case "seed":
+                overrides.append(f"seed={value}")
+    return [*overrides, *ctx.args]
+
+
+def _model(value: str) -> list[str]:
+    from million_cli.hydra_app import conf_folder
+
+    if (conf_folder() / "model" / f"{value}.yaml").is_file():
+        return [f"model={value}"]
+    return ["model=folder", f"model.path={quote(value)}"]
+
+
+def _dataset(value: str, node: str) -> list[str]:
+    from million_cli.text import DATASETS
+
+    if value in DATASETS:
+        return [f"{node}.dataset={value}"]
+    return [f"{node}.path={quote(value)}"]
+
+
+def quote(value: str) -> str:
+    """A value as Hydra's override grammar reads it back unchanged."""
+    escaped = value.replace("\\'", "\\\\'").replace("'", "\\'")
+    return f"'{escaped}'"

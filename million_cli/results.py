@@ -19,7 +19,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -30,6 +29,7 @@ from typing import Any, Literal
 
 from filelock import FileLock
 
+from million_cli import __version__
 from million_cli.errors import UserError
 from million_cli.files import write_text
 
@@ -39,6 +39,8 @@ Status = Literal["ok", "refused", "failed"]
 HEAD = ("run", "verb", "status", "started", "duration_s")
 TAIL = ("fallbacks", "error")
 LOCK_TIMEOUT_S = 120.0
+CHECKOUT = Path(__file__).resolve().parent.parent
+"""Root of the checkout this package runs from; site-packages if it is installed."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,10 @@ class Provenance:
     dtype: str = ""
 
     @classmethod
-    def here(cls, device: str = "", dtype: str = "") -> Provenance:
-        """This process: its command line, versions and, in a checkout, the git commit (`+dirty` if changed)."""
+    def here(cls, command: str, device: str = "", dtype: str = "") -> Provenance:
+        """This process: its versions and, in a checkout, the git commit (`+dirty` if changed)."""
         return cls(
-            command=os.environ.get("MILLION_COMMAND") or " ".join(sys.argv),
+            command=command,
             commit=git_commit(),
             host=platform.node(),
             python=platform.python_version(),
@@ -175,7 +177,9 @@ def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
         UserError: no such file, or it has no `run` column.
     """
     if not path.is_file():
-        raise UserError(f"no results at {path}: run `million eval` or `million run` first, or name a results CSV")
+        raise UserError(
+            f"no results at {path}: run `million eval` or `million run` first, or name a results CSV"
+        )
     csv.field_size_limit(1 << 26)
     with path.open(encoding="utf-8", newline="") as handle:
         reader = csv.DictReader(handle)
@@ -205,27 +209,24 @@ def merge_columns(old: Sequence[str], new: Sequence[str]) -> list[str]:
 
 
 def version(package: str) -> str:
-    """The installed version of a distribution, found without importing it."""
+    """The installed version of this package or a distribution, found without importing it."""
+    if package == "million":
+        return __version__
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        if package == "million":
-            from million_cli import __version__
-
-            return __version__
         return "not installed"
 
 
 @cache
 def git_commit() -> str:
     """The commit of the checkout this package runs from, `+dirty` if tracked files differ, "" outside one."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / "pyproject.toml").is_file():
+    if not (CHECKOUT / "pyproject.toml").is_file():
         return ""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20, check=True
+            ["git", "-C", str(CHECKOUT), *arguments], capture_output=True, text=True, timeout=20, check=True
         ).stdout.strip()
 
     try:

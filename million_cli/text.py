@@ -141,7 +141,7 @@ HUB: dict[str, HubText] = {
     # WikiText rows are lines with their line ends; PTB rows are sentences without.
     "wikitext2": HubText("Salesforce/wikitext", "text", "", name="wikitext-2-raw-v1"),
     "wikitext103": HubText("Salesforce/wikitext", "text", "", name="wikitext-103-raw-v1"),
-    # The repository itself holds a loading script, which datasets no longer runs; the hub's own conversion works.
+    # The repository holds a loading script, which datasets no longer runs; the hub's own conversion works.
     "ptb": HubText(
         "parquet",
         "sentence",

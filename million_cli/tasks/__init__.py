@@ -1,0 +1,26 @@
+"""What is measured, one file a task.  A new task is a module with `Config` and `measure`, and a line here."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from million_cli.errors import UserError
+
+TASKS = {
+    "perplexity": "million_cli.tasks.perplexity",
+    "passkey": "million_cli.tasks.passkey",
+    "speed": "million_cli.tasks.speed",
+}
+"""Name -> module; modules are imported when they are asked for."""
+
+
+def task_module(name: str) -> ModuleType:
+    """The module of a task.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    if name not in TASKS:
+        raise UserError(f"task.name={name}: accepted are {', '.join(TASKS)}")
+    return importlib.import_module(TASKS[name])

@@ -1,0 +1,253 @@
+"""Between the command line and the pipelines: composes a job's configuration, runs it, keeps its record.
+
+A job never raises: whatever happens becomes its record, so one bad job does not stop a sweep, on any
+launcher.  The exit code follows from the records of the run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+import traceback
+import uuid
+from argparse import ArgumentError
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException, MissingConfigException
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from million_cli.errors import UserError
+from million_cli.pipelines.config import JobConfig
+from million_cli.results import CHECKOUT, Provenance, Record, Status, now, read_rows
+
+VALUED_FLAGS = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--info", "-i")
+EXIT_CODES: dict[Status, int] = {"ok": 0, "failed": 1, "refused": 2}
+
+
+class Outcome(Callback):
+    """A Hydra callback: remembers in this process where the run that has just ended left its results."""
+
+    out: Path | None = None
+
+    def __init__(self, **_: Any) -> None: ...
+
+    def on_run_end(self, config: DictConfig, **_: Any) -> None:
+        type(self).out = Path(config.out)
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        type(self).out = Path(config.out)
+
+
+def conf_folder() -> Path:
+    """The folder of Hydra groups: the checkout's, else the one in the installed package.
+
+    Raises:
+        UserError: neither exists.
+    """
+    package = Path(__file__).resolve().parent
+    # An editable install leaves a stale copy in site-packages, so the checkout comes first.
+    for folder in (CHECKOUT / "conf", package / "conf"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise UserError(f"no conf/config.yaml in {CHECKOUT} or {package}; reinstall the package")
+
+
+def run(verb: str, arguments: Sequence[str]) -> int:
+    """Run a verb's job or, with `--multirun`, its jobs.
+
+    Args:
+        verb: a key of `pipelines.VERBS`.
+        arguments: Hydra overrides and flags in any order.
+
+    Returns:
+        The exit code: 0, 1 if a job failed by our mistake, 2 if one was refused by the user's.
+
+    Raises:
+        UserError: the configuration does not compose, or a folder cannot be written.
+    """
+    _register_schema()
+    flags, overrides = split_arguments(arguments)
+    command = " ".join(["million", verb, *arguments])
+    run_id = f"{now().replace(':', '').replace('+0000', 'Z')}-{uuid.uuid4().hex[:6]}"
+    task = partial(_job, verb, run_id, command)
+    Outcome.out = None
+    argv, sys.argv = sys.argv, ["million", *flags, *overrides]
+    try:
+        with _full_errors():
+            hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(task)()
+    except Exception as error:
+        _raise_as_user_error(error)
+    finally:
+        sys.argv = argv
+    if Outcome.out is None:  # --cfg, --info and the like
+        return 0
+    return _finish(Outcome.out / "results.csv", run_id)
+
+
+def compose(arguments: Sequence[str]) -> JobConfig:
+    """The configuration that overrides give, without a Hydra run: no folders, no logs, no sweep.
+
+    Raises:
+        UserError: it does not compose or a value is out of range.
+    """
+    _register_schema()
+    flags, overrides = split_arguments(arguments)
+    if flags:
+        raise UserError(f"{flags[0]}: this command takes overrides only (key=value)")
+    try:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
+            return to_job_config(hydra.compose("config", overrides))
+    except Exception as error:
+        _raise_as_user_error(error)
+
+
+def to_job_config(config: DictConfig) -> JobConfig:
+    """The typed configuration.
+
+    Raises:
+        UserError: a value is missing, of the wrong type or out of range.
+    """
+    try:
+        job = OmegaConf.to_object(config)
+    except Exception as error:
+        _raise_as_user_error(error)
+    assert isinstance(job, JobConfig)
+    return job
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Hydra's flags (with their values) and overrides; its parser refuses overrides on both sides of a flag.
+
+    Raises:
+        UserError: a flag that Hydra does not know, or an argument that is no override.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    flags: list[str] = []
+    overrides: list[str] = []
+    stray: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument.startswith("-"):
+            flags.append(argument)
+            if argument in VALUED_FLAGS:
+                flags.extend(value for value in [next(rest, None)] if value is not None)
+        elif "=" in argument or argument.startswith("~"):
+            overrides.append(argument)
+        else:
+            stray.append(argument)
+    parser = get_args_parser()
+    parser.exit_on_error = False
+    try:
+        _, unknown = parser.parse_known_args([*flags, *overrides])
+    except ArgumentError as error:
+        raise UserError(str(error)) from error
+    if unknown:
+        raise UserError(f"no such option: {unknown[0]} (see --help)")
+    if stray:
+        raise UserError(
+            f"unexpected argument {stray[0]!r}; accepted are options and overrides such as seed=1"
+        )
+    return flags, overrides
+
+
+def _job(verb: str, run_id: str, command: str, config: DictConfig) -> None:
+    """One Hydra job: run the verb and save a record for each of its results."""
+    started, clock = now(), time.perf_counter()
+    raw: Any = OmegaConf.to_container(config, throw_on_missing=False)
+    out = Path(raw["out"])
+
+    def record(**fields: Any) -> Record:
+        duration = time.perf_counter() - clock
+        return Record(run=run_id, verb=verb, started=started, duration_s=duration, **fields)
+
+    status: Status = "failed"
+    try:
+        from million_cli import pipelines
+
+        for result in pipelines.run(verb, to_job_config(config)):
+            record(
+                status="ok",
+                provenance=Provenance.here(command, result.device, result.dtype),
+                config=result.config,
+                metrics=result.metrics,
+                fallbacks=result.fallbacks,
+            ).save(out)
+        return
+    except UserError as error:
+        status, message = "refused", str(error)
+        print(f"million: {message}", file=sys.stderr)
+    except Exception:
+        message = traceback.format_exc()
+        print(message, file=sys.stderr)
+    record(status=status, provenance=Provenance.here(command), config=raw, error=message).save(out)
+
+
+def _finish(table: Path, run_id: str) -> int:
+    """Show what the run measured, and turn its records into an exit code."""
+    _, rows = read_rows(table)
+    rows = [row for row in rows if row["run"] == run_id]
+    assert rows, f"run {run_id} left no record in {table}"
+    if any(row["status"] == "ok" for row in rows):
+        from million_cli.pipelines.report import show
+
+        show(rows, table)
+    statuses = {row["status"] for row in rows}
+    return next((EXIT_CODES[status] for status in ("failed", "refused") if status in statuses), 0)
+
+
+def _register_schema() -> None:
+    ConfigStore.instance().store(name="schema", node=JobConfig)
+
+
+class _full_errors:  # noqa: N801 - a context manager
+    """Let Hydra's own errors out as exceptions; it would print several lines and exit otherwise."""
+
+    def __enter__(self) -> None:
+        self.before = os.environ.get("HYDRA_FULL_ERROR")
+        os.environ["HYDRA_FULL_ERROR"] = "1"
+
+    def __exit__(self, *_: object) -> None:
+        if self.before is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = self.before
+
+
+def _raise_as_user_error(error: Exception) -> NoReturn:
+    """Hydra's, OmegaConf's and the file system's complaints as one line; anything else as it is."""
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
+        raise UserError(one_line(error)) from error
+    if isinstance(error, OSError):
+        raise UserError(f"cannot write {error.filename}: {error.strerror}") from error
+    raise error
+
+
+def one_line(error: BaseException) -> str:
+    """What a composition error says, in one line that names the value and what is accepted."""
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, name = (error.missing_cfg_file or "").rpartition("/")
+        return f"{group}={name}: accepted are {', '.join(sorted(error.options))}"
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
+        parent = cause.parent_node
+        keys = sorted(map(str, parent)) if isinstance(parent, DictConfig) else []
+        accepted = f"; accepted are {', '.join(keys)}" if keys else ""
+        return f"unknown key {cause.full_key}{accepted}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    if isinstance(cause, OmegaConfBaseException):
+        reason = str(cause).splitlines()[0]
+        text = reason if reason in text else f"{text}: {reason}"
+        if cause.full_key and cause.full_key not in text:
+            text = f"{cause.full_key}: {text}"
+    return re.sub(r"\s+", " ", text)

@@ -1,0 +1,260 @@
+"""The configuration of a job: what Hydra composes from `conf/`, typed.  No torch here.
+
+`JobConfig` is the schema that every composed configuration is merged into, so an unknown key or a value of
+the wrong type is refused before anything runs.  `task`, `also` and `bench` are open mappings here; each is
+checked against its task's own dataclass when the job starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from million_cli.errors import UserError
+from million_cli.spec import SCOPES, CodeSpec, PQSpec, WindowSpec
+from million_cli.text import TextConfig
+
+CACHES = ("dense", "contiguous", "paged")
+QUANTIZERS = ("dense", "pq")
+TRAINERS = ("torch", "faiss")
+STAGES = ("baseline", "sample", "train", "evaluate", "bench")
+
+
+def check(name: str, value: object, accepted: tuple[str, ...]) -> None:
+    """Raise UserError unless `value` is one of `accepted`."""
+    if value not in accepted:
+        raise UserError(f"{name}={value}: accepted are {', '.join(accepted)}")
+
+
+def at_least(name: str, value: int, least: int) -> None:
+    """Raise UserError unless `value` >= `least`."""
+    if value < least:
+        raise UserError(f"{name}={value}: accepted are integers from {least}")
+
+
+@dataclass
+class ModelConfig:
+    """Which model: `path` to load one, or `shape` for random weights.
+
+    Attributes:
+        name: for the record.
+        path: a folder, a name on the hub, or `reference`, the model shipped with the package.
+        shape: instead of a path, fields of a transformers configuration with `model_type`; weights are then
+            random, drawn from the job's seed, and the tokenizer reads bytes.
+        dtype: auto, float16, bfloat16, float32 or float64; auto is float32 on a CPU, else the checkpoint's.
+    """
+
+    name: str = "reference"
+    path: str | None = "reference"
+    shape: dict[str, Any] | None = None
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.path and not self.shape:
+            raise UserError("model.path is empty: name a folder or a hub model (model=folder model.path=...)")
+
+
+@dataclass
+class SideConfig:
+    """Codes of keys or of values.
+
+    Attributes:
+        M: subspaces; null makes each `dsub` dimensions wide, whatever the model's head_dim.
+        nbits: of a code.
+        rotation: what is applied after RoPE: `none` or `hadamard`.
+    """
+
+    M: int | None = None
+    dsub: int = 2
+    nbits: int = 8
+    rotation: str = "none"
+
+    def spec(self, head_dim: int) -> CodeSpec:
+        """The side's shape for a model's head_dim.
+
+        Raises:
+            UserError: head_dim is not divisible, or nbits is out of range.
+        """
+        if self.M is None and (self.dsub < 1 or head_dim % self.dsub):
+            raise UserError(f"dsub={self.dsub} does not divide head_dim={head_dim}")
+        return CodeSpec(head_dim, self.M if self.M is not None else head_dim // self.dsub, self.nbits)
+
+
+@dataclass
+class QuantizerConfig:
+    """How keys and values are stored.
+
+    Attributes:
+        kind: `dense` (not at all) or `pq`.
+        scope: one codebook for all (`merged`), per `layer`, or per layer and KV `head`.
+    """
+
+    name: str = "dense"
+    kind: str = "dense"
+    scope: str = "head"
+    keys: SideConfig = field(default_factory=SideConfig)
+    values: SideConfig = field(default_factory=SideConfig)
+
+    def __post_init__(self) -> None:
+        check("quantizer.kind", self.kind, QUANTIZERS)
+        check("quantizer.scope", self.scope, SCOPES)
+
+    def spec(self, head_dim: int) -> PQSpec:
+        return PQSpec(self.keys.spec(head_dim), self.values.spec(head_dim))
+
+
+@dataclass
+class CacheConfig:
+    """Where codes live.
+
+    Attributes:
+        kind: `dense` (transformers' own cache), `contiguous` or `paged`.
+        page_size: P, tokens encoded at once.
+        extended_residual: R, the residual window; see `spec.WindowSpec`.
+        max_pages: size of the page pool; null sizes it for the longest text of the job.
+    """
+
+    kind: str = "paged"
+    page_size: int = 64
+    extended_residual: int = 128
+    max_pages: int | None = None
+
+    def __post_init__(self) -> None:
+        check("cache.kind", self.kind, CACHES)
+        if self.max_pages is not None:
+            at_least("cache.max_pages", self.max_pages, 1)
+        self.window()
+
+    def window(self) -> WindowSpec:
+        return WindowSpec(self.page_size, self.extended_residual)
+
+
+@dataclass
+class SampleConfig:
+    """How much of the calibration text is read, and how many vectors per layer and head are kept of it.
+
+    Attributes:
+        tokens: read at most that many (the text may be shorter).
+        context: length of the windows the text is read in; null is the model's trained context, at most 2048.
+        batch: windows at once.
+        reservoir: vectors kept per layer and KV head, for keys and for values.
+    """
+
+    tokens: int = 65_536
+    context: int | None = None
+    batch: int = 4
+    reservoir: int = 16_384
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "batch", "reservoir"):
+            at_least(f"sample.{name}", getattr(self, name), 1)
+        if self.context is not None:
+            at_least("sample.context", self.context, 2)
+
+
+@dataclass
+class TrainConfig:
+    """How codebooks are trained from samples.
+
+    Attributes:
+        trainer: `torch` (batched, any device) or `faiss`.
+        iterations: of k-means.
+        max_samples_per_centroid: more samples than this times C are thinned at random.
+    """
+
+    trainer: str = "torch"
+    iterations: int = 25
+    max_samples_per_centroid: int = 256
+
+    def __post_init__(self) -> None:
+        check("train.trainer", self.trainer, TRAINERS)
+        at_least("train.iterations", self.iterations, 1)
+        at_least("train.max_samples_per_centroid", self.max_samples_per_centroid, 1)
+
+
+@dataclass
+class ReportConfig:
+    """What `million report` shows.
+
+    Attributes:
+        csv: a results CSV; null is `results.csv` under `out`.
+        run: `latest` or `all`.
+        plot: draw the plot beside the CSV.
+    """
+
+    csv: str | None = None
+    run: str = "latest"
+    plot: bool = True
+
+
+@dataclass
+class JobConfig:
+    """One job.
+
+    Attributes:
+        task: what `million eval` measures.
+        also: further tasks (name -> configuration) for the same record.
+        bench: what `million bench` times.
+        stages: what `million run` chains.
+        codebook: a trained codebook file; null trains one from `data` (or takes it from an earlier run).
+        device: auto, cpu, cuda or cuda:<number>; auto is the GPU if there is one.
+        strict: a fallback is an error.
+        allow_same_text: judge on the calibration text all the same.
+        reuse: take finished stages from `out` if nothing that matters has changed.
+        out: folder for results, codebooks and samples.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: TextConfig = field(default_factory=TextConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    task: dict[str, Any] = field(default_factory=dict)
+    also: dict[str, Any] = field(default_factory=dict)
+    bench: dict[str, Any] = field(default_factory=dict)
+    report: ReportConfig = field(default_factory=ReportConfig)
+    stages: list[str] = field(default_factory=lambda: ["sample", "train", "evaluate"])
+    codebook: str | None = None
+    seed: int = 0
+    device: str = "auto"
+    strict: bool = False
+    allow_same_text: bool = False
+    reuse: bool = True
+    out: str = "outputs"
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise UserError(f"stages=[]: accepted are some of {', '.join(STAGES)}")
+        for stage in self.stages:
+            check("stages", stage, STAGES)
+        if self.quantizer.kind == "dense" or self.cache.kind == "dense":
+            # Either means that nothing is quantised; the record says so in both places.
+            self.quantizer = QuantizerConfig(name="dense", kind="dense")
+            self.cache.kind = "dense"
+        if Path(self.out).exists() and not Path(self.out).is_dir():
+            raise UserError(f"out={self.out}: there is a file of that name; accepted is a folder")
+
+
+def typed(where: str, settings: Mapping[str, Any]) -> Any:
+    """A task's own configuration from the open mapping at `where`.
+
+    Raises:
+        UserError: an unknown task or key, or a value of the wrong type or out of range.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from million_cli.tasks import task_module
+
+    task = task_module(str(settings.get("name"))).Config
+    accepted = [f.name for f in fields(task)]
+    for key in settings:
+        if key not in accepted:
+            raise UserError(f"unknown key {where}.{key}; accepted are {', '.join(accepted)}")
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(task), dict(settings)))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{where}.{error.full_key}: {str(error).splitlines()[0]}") from error

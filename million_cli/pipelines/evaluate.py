@@ -1,0 +1,121 @@
+"""Evaluation: tasks measured with the job's cache beside the dense one, into one record."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from million_cli.errors import UserError
+from million_cli.files import write_text
+from million_cli.pipelines import Result
+from million_cli.pipelines.caches import Caches
+from million_cli.pipelines.config import JobConfig, typed
+from million_cli.pipelines.session import Session
+from million_cli.pipelines.stages import code_digest, locked, stage_key
+from million_cli.pipelines.train_codebook import codebook_metrics
+from million_cli.results import Scalar, now, write_rows
+from million_cli.tasks import task_module
+from million_cli.text import Text, TextConfig
+
+logger = logging.getLogger("million")
+
+
+def run_evaluate(config: JobConfig) -> list[Result]:
+    """`million eval`."""
+    session = Session(config)
+    return [evaluate(session, Caches(session))]
+
+
+def evaluate(session: Session, caches: Caches) -> Result:
+    """Measure `config.task` and each of `config.also`.
+
+    Raises:
+        UserError: an unknown task or setting, a text that the codebook was trained on, or a task's own.
+    """
+    config = session.config
+    tasks = [("task", config.task), *((f"also.{name}", task) for name, task in config.also.items())]
+    configs = [(where, typed(where, settings)) for where, settings in tasks]  # all checked before any runs
+    texts = [session.text(task) if isinstance(task, TextConfig) else None for _, task in configs]
+    for text in texts:
+        if text is not None:
+            refuse_calibration_text(session, caches, text)
+    metrics: dict[str, Scalar] = {}
+    fallbacks: dict[str, None] = {}
+    for (_, task), text in zip(configs, texts, strict=True):
+        found = _measured(session, caches, task, text)
+        metrics = {**found["metrics"], **metrics}  # what both measure (bytes) is the main task's
+        fallbacks.update(dict.fromkeys(found["fallbacks"]))
+        if found["reused_from"]:
+            metrics["reused_from"] = found["reused_from"]
+    if caches.codebook is not None and caches.codebook_path is not None:
+        metrics |= codebook_metrics(caches.codebook, caches.codebook_path)
+    return session.result(metrics, list(fallbacks))
+
+
+def refuse_calibration_text(session: Session, caches: Caches, text: Text) -> None:
+    """Raise unless the codebook was trained on another text than `text`, or `allow_same_text` is set.
+
+    Raises:
+        UserError: they are the same, or one contains the other.
+    """
+    config = session.config
+    if caches.codebook is None or config.allow_same_text:
+        return
+    same = caches.codebook.meta.calibration_sha256 == text.sha256
+    if not same and config.codebook is None:
+        calibration = session.text(config.data).content
+        same = calibration in text.content or text.content in calibration
+    if same:
+        raise UserError(
+            f"the codebook was calibrated on the text under evaluation ({text.source}); "
+            "name another one, or allow_same_text=true"
+        )
+
+
+def _measured(session: Session, caches: Caches, task: Any, text: Text | None) -> dict[str, Any]:
+    """A task's metrics and fallbacks, from an earlier run if nothing that matters has changed."""
+    config = session.config
+    codebook = caches.codebook_path
+    key = stage_key(
+        {
+            "task": asdict(task),
+            "model": session.identity,
+            "text": text.sha256 if text is not None else None,
+            "codebook": hashlib.sha256(codebook.read_bytes()).hexdigest() if codebook else None,
+            "cache": asdict(config.cache) if codebook else None,
+            "strict": config.strict,
+            "seed": config.seed,
+            **code_digest(""),
+        }
+    )
+    path = Path(config.out) / "evaluations" / f"{task.name}-{key}.json"
+    with locked(path):
+        if config.reuse and path.is_file():
+            logger.info("%s: %s (from an earlier run)", task.name, path)
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return {**found, "reused_from": found["measured"]}
+        logger.info("%s with cache=%s, quantizer=%s", task.name, config.cache.kind, config.quantizer.name)
+        module = task_module(task.name)
+        result = module.measure(session.model, session.tokenizer, caches, text, task, config.seed)
+        tables = {
+            name: write_table(path.with_name(f"{path.stem}-{name}.csv"), rows)
+            for name, rows in result.tables.items()
+        }
+        found = {
+            "measured": now(),
+            "metrics": {**result.metrics, **{f"{name}_table": file for name, file in tables.items()}},
+            "fallbacks": caches.fallbacks,
+        }
+        write_text(path, json.dumps(found, indent=1) + "\n")
+    return {**found, "reused_from": None}
+
+
+def write_table(path: Path, rows: list[Mapping[str, Scalar]]) -> str:
+    """A task's own table as CSV; gives its path as text."""
+    write_rows(path, rows)
+    return str(path)

@@ -1,0 +1,108 @@
+"""Sampling: the model reads the calibration text, a reservoir keeps keys and values of each layer."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from million_cli.errors import UserError
+from million_cli.integration.sampling import Samples, SamplingCache, read_text
+from million_cli.pipelines import Result
+from million_cli.pipelines.config import JobConfig
+from million_cli.pipelines.session import Session
+from million_cli.pipelines.stages import code_digest, locked, stage_key
+from million_cli.progress import progress
+from million_cli.tasks.base import check_context, longest_context
+
+logger = logging.getLogger("million")
+SAVE_EVERY_S = 60.0
+
+
+def run_sample(config: JobConfig) -> list[Result]:
+    """`million sample`."""
+    session = Session(config)
+    folder = sample(session)
+    manifest = Samples(folder).manifest
+    return [
+        session.result(
+            {
+                "samples_folder": str(folder),
+                "sample_tokens": manifest["progress"]["tokens"],
+                "samples": min(manifest["samples"], manifest["seen"]),
+                "calibration_text": session.text(config.data).source,
+            }
+        )
+    ]
+
+
+def sample_key(session: Session) -> str:
+    """The key of the job's sample."""
+    config = session.config
+    return stage_key(
+        {
+            "model": session.identity,
+            "text": session.text(config.data).sha256,
+            "sample": asdict(config.sample),
+            "seed": config.seed,
+            **code_digest("integration"),
+        }
+    )
+
+
+def sample(session: Session) -> Path:
+    """Sample K and V, or go on with an interrupted sampling, or find a finished one.
+
+    Returns:
+        The folder of safetensors shards (`integration.sampling.Samples`).
+
+    Raises:
+        UserError: the text is too short, the context too long, or the folder cannot be written.
+    """
+    config = session.config
+    folder = Path(config.out) / "samples" / f"{config.model.name}-{sample_key(session)}"
+    with locked(folder):
+        cache = SamplingCache(session.model, config.sample.reservoir, config.seed)
+        state = cache.resume(folder) if config.reuse else None
+        if state is not None and state["done"]:
+            logger.info("samples: %s (from an earlier run)", folder)
+            return folder
+        windows = _windows(session)
+        done = state["windows"] if state is not None else 0
+        if done:
+            logger.info("going on with the samples in %s at window %d of %d", folder, done, len(windows))
+        _read(session, cache, windows, done, folder)
+        logger.info("samples: %s", folder)
+    return folder
+
+
+def _read(session: Session, cache: SamplingCache, windows: torch.Tensor, done: int, folder: Path) -> None:
+    config = session.config.sample
+    saved = time.monotonic()
+    with progress(windows.numel(), "sampling", "tok") as bar:
+        bar.update(done * windows.shape[1])
+        for start in range(done, len(windows), config.batch):
+            ids = windows[start : start + config.batch]
+            read_text(session.model, cache, ids)
+            bar.update(ids.numel())
+            done = start + len(ids)
+            if done < len(windows) and time.monotonic() - saved > SAVE_EVERY_S:
+                cache.save(folder, {"windows": done, "tokens": done * windows.shape[1], "done": False})
+                saved = time.monotonic()
+    cache.save(folder, {"windows": done, "tokens": windows.numel(), "done": True})
+
+
+def _windows(session: Session) -> torch.Tensor:
+    """Token ids `[windows, context]` of the calibration text; one shorter than a window is one window."""
+    config, text = session.config.sample, session.text(session.config.data)
+    context = config.context or min(longest_context(session.model), 2048)
+    check_context("sample.context", context, session.model)
+    ids = session.tokenizer(text.content, verbose=False)["input_ids"][: config.tokens]
+    if len(ids) < 2:
+        raise UserError(f"the calibration text {text.source} has {len(ids)} tokens; accepted are at least 2")
+    context = min(context, len(ids))
+    whole = len(ids) // context
+    return torch.tensor(ids[: whole * context], dtype=torch.int64).view(whole, context)

@@ -1,0 +1,109 @@
+"""Training: samples become a codebook."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from million_cli.errors import UserError
+from million_cli.integration.sampling import Samples
+from million_cli.pipelines import Result
+from million_cli.pipelines.config import JobConfig
+from million_cli.pipelines.sample import sample, sample_key
+from million_cli.pipelines.session import Session
+from million_cli.pipelines.stages import code_digest, locked, stage_key
+from million_cli.pq import Codebook, TrainSpec, train_codebook
+from million_cli.progress import progress
+
+logger = logging.getLogger("million")
+
+
+def run_train(config: JobConfig) -> list[Result]:
+    """`million train-codebook`."""
+    if config.quantizer.kind != "pq":
+        raise UserError(
+            f"quantizer={config.quantizer.name}: it has no codebook to train; accepted are pq ones"
+        )
+    session = Session(config)
+    path = train(session)
+    return [session.result(codebook_metrics(Codebook.load(path), path))]
+
+
+def train(session: Session) -> Path:
+    """Train the job's codebook, sampling first if need be, or find it finished.
+
+    Returns:
+        The codebook's file.
+
+    Raises:
+        UserError: the quantizer does not fit the model, or see `sample`.
+    """
+    config = session.config
+    quantizer = config.quantizer
+    spec = quantizer.spec(session.fingerprint.head_dim)
+    key = stage_key(
+        {
+            "sample": sample_key(session),
+            "spec": asdict(spec),
+            "quantizer": {**asdict(quantizer), "name": ""},
+            "train": asdict(config.train),
+            "seed": config.seed,
+            "device": session.device_name,
+            **code_digest("pq"),
+        }
+    )
+    path = Path(config.out) / "codebooks" / f"{config.model.name}-{quantizer.name}-{key}.safetensors"
+    with locked(path):
+        if config.reuse and path.is_file():
+            logger.info("codebook: %s (from an earlier run)", path)
+            return path
+        folder = sample(session)
+        keys, values = Samples(folder).stacked()
+        text = session.text(config.data)
+        with progress(1, f"training {quantizer.name}", "codebook") as bar:
+
+            def tick(done: int, total: int) -> None:
+                bar.total, bar.n = total, done
+                bar.refresh() if done == total else bar.update(0)
+
+            codebook = train_codebook(
+                keys,
+                values,
+                spec,
+                session.fingerprint,
+                TrainSpec(
+                    scope=quantizer.scope,  # type: ignore[arg-type]  # checked by the configuration
+                    trainer=config.train.trainer,  # type: ignore[arg-type]
+                    key_rotation=quantizer.keys.rotation,
+                    value_rotation=quantizer.values.rotation,
+                    iterations=config.train.iterations,
+                    seed=config.seed,
+                    max_samples_per_centroid=config.train.max_samples_per_centroid,
+                    device=str(session.device),
+                ),
+                calibration=text.source,
+                calibration_sha256=text.sha256,
+                tokens=Samples(folder).manifest["progress"]["tokens"],
+                progress=tick,
+            )
+        codebook.save(path)
+        logger.info("codebook: %s", path)
+    return path
+
+
+def codebook_metrics(codebook: Codebook, path: Path) -> dict[str, Any]:
+    """What a record says about a codebook."""
+    meta = codebook.meta
+    return {
+        "codebook_file": str(path),
+        "bits_nominal": codebook.spec.bits_per_element,
+        "key_error": fmean(error for layer in meta.key_error for error in layer),
+        "value_error": fmean(error for layer in meta.value_error for error in layer),
+        "calibration_text": meta.calibration,
+        "calibration_tokens": meta.tokens,
+        "samples": meta.samples,
+        "trainer": meta.trainer,
+    }

@@ -1,0 +1,97 @@
+"""What every task takes and gives.
+
+A task is a module with a `Config` (its configuration, a dataclass) and a `measure` function:
+
+    measure(model, tokenizer, caches, text, config, seed) -> TaskResult
+
+`caches` makes the cache under test; the dense cache it is compared with, the task makes itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+
+from million_cli.errors import UserError
+
+Prefill = Literal["exact", "quantized"]
+Scalar = str | int | float | bool | None
+
+
+class CacheFactory(Protocol):
+    """Makes an empty cache for one batch; `prefill` says what several tokens at once attend to."""
+
+    def __call__(self, prefill: Prefill) -> Cache: ...
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """`metrics` become columns of the record; each of `tables` becomes a CSV of its own."""
+
+    metrics: Mapping[str, Scalar]
+    tables: Mapping[str, Sequence[Mapping[str, Scalar]]] = field(default_factory=dict)
+
+
+def dense_cache(model: PreTrainedModel) -> DynamicCache:
+    """transformers' own cache, empty."""
+    return DynamicCache(config=model.config)
+
+
+def memory_metrics(cache: Cache, dense: Cache) -> dict[str, Scalar]:
+    """Bytes of two caches that hold the same tokens, measured from their tensors.
+
+    Returns:
+        bits_nominal: of a stored element, windows and tables aside; cache_bytes and its parts; codebook_bytes
+        (apart: they do not grow with the text); cache_ratio: cache_bytes over a 16-bit dense cache's bytes.
+    """
+    elements = sum(t.numel() for t in _tensors(dense))
+    dense_bytes = sum(t.nbytes for t in _tensors(dense))
+    fp16_bytes = 2 * elements
+    shared: dict[str, Scalar] = {"cache_tokens": _tokens(dense), "dense_bytes": dense_bytes}
+    memory = getattr(cache, "memory", None)
+    if memory is None:
+        own = sum(t.nbytes for t in _tensors(cache))
+        return {
+            "bits_nominal": 8.0 * own / elements,
+            "cache_bytes": own,
+            **shared,
+            "cache_ratio": own / fp16_bytes,
+        }
+    parts = memory()
+    return {
+        "bits_nominal": cache.bits,  # type: ignore[attr-defined]
+        "cache_bytes": parts["total"],
+        **shared,
+        "cache_ratio": parts["total"] / fp16_bytes,
+        "code_bytes": parts["key_codes"] + parts["value_codes"],
+        "window_bytes": parts["window"],
+        "block_table_bytes": parts["block_table"],
+        "pool_reserved_bytes": parts["pool_reserved"],
+        "codebook_bytes": parts["codebooks"],
+    }
+
+
+def longest_context(model: PreTrainedModel) -> int:
+    """Tokens that the model was made for."""
+    return int(getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 2048))
+
+
+def check_context(name: str, value: int, model: PreTrainedModel) -> None:
+    """Raise UserError if `value` tokens are more than the model takes."""
+    if not 2 <= value <= longest_context(model):
+        raise UserError(f"{name}={value}: accepted are 2 to {longest_context(model)}, the model's maximum")
+
+
+def _tensors(cache: Cache) -> list[Any]:
+    tensors = [getattr(layer, side, None) for layer in cache.layers for side in ("keys", "values")]
+    return [t for t in tensors if t is not None]
+
+
+def _tokens(cache: Cache) -> int:
+    """Tokens of all sequences together."""
+    batch = max((t.shape[0] for t in _tensors(cache)), default=0)
+    return batch * cache.get_seq_length()

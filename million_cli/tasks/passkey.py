@@ -1,0 +1,152 @@
+"""Recall: a fact stated somewhere in a long text, asked for at its end, by length and depth.
+
+Prompts are answered in batches, greedily, through `model.generate`.  The prompt itself goes through the cache
+with quantized prefill: the question sees the text as codes, as it does when it comes after the text was read.
+(With exact prefill the first word of the answer, all that is judged, would not touch a code.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from million_cli.errors import UserError
+from million_cli.progress import progress
+from million_cli.tasks.base import (
+    CacheFactory,
+    Scalar,
+    TaskResult,
+    check_context,
+    dense_cache,
+    longest_context,
+    memory_metrics,
+)
+from million_cli.tasks.recall_text import Filler, RecallPrompt, is_correct, recall_grid
+from million_cli.text import Text, TextConfig
+
+
+@dataclass
+class Config(TextConfig):
+    """Filler text (see `TextConfig`) and the grid of prompts.
+
+    Attributes:
+        lengths: of prompts, in tokens; null is a quarter, a half and all of the model's context, at most 1024.
+        depths: where the asked fact stands, 0 (start) to 1 (end).
+        samples: prompts a cell.
+        facts: facts a prompt; more than one is multi-key recall.
+        batch: prompts at once.
+        new_tokens: generated for the answer; its first word is judged.
+        prefill: `quantized` or `exact`.
+    """
+
+    name: str = "passkey"
+    lengths: list[int] | None = None
+    depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
+    samples: int = 8
+    facts: int = 1
+    batch: int = 8
+    new_tokens: int = 4
+    prefill: str = "quantized"
+
+    def __post_init__(self) -> None:
+        if self.prefill not in ("quantized", "exact"):
+            raise UserError(f"task.prefill={self.prefill}: accepted are quantized, exact")
+        for name in ("samples", "batch", "new_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"task.{name}={getattr(self, name)}: accepted are integers from 1")
+        if not self.depths or self.lengths == []:
+            raise UserError("task.lengths and task.depths must not be empty")
+
+
+@dataclass(frozen=True)
+class Question:
+    length: int
+    depth: float
+    item: RecallPrompt
+
+
+@torch.inference_mode()
+def measure(
+    model: PreTrainedModel, tokenizer: Any, caches: CacheFactory, text: Text, config: Config, seed: int
+) -> TaskResult:
+    """Recall with the cache and with the dense cache, on the same prompts.
+
+    Returns:
+        recall and recall_dense (shares of all prompts), recall_n, the bytes of `memory_metrics` after the
+        last batch; the table `passkey` has a row a cell.
+
+    Raises:
+        UserError: a length that the model does not take, or too short for its facts.
+    """
+    lengths = config.lengths or default_lengths(model, config.new_tokens)
+    for length in lengths:
+        check_context("task.lengths+new_tokens", length + config.new_tokens, model)
+    filler = Filler(text.content, lambda s: len(tokenizer.encode(s, add_special_tokens=False)))
+    grid = recall_grid(filler, lengths, config.depths, config.samples, facts=config.facts, seed=seed)
+    questions = [Question(*cell) for cell in grid]
+    answers: list[tuple[bool, bool]] = []
+    memory: dict[str, Scalar] = {}
+    with progress(len(questions), f"recall in {text.source}", "prompt") as bar:
+        for start in range(0, len(questions), config.batch):
+            part = [question.item for question in questions[start : start + config.batch]]
+            dense, cache = dense_cache(model), caches(config.prefill)  # type: ignore[arg-type]
+            expected = answer(model, tokenizer, part, dense, config.new_tokens)
+            answers += zip(answer(model, tokenizer, part, cache, config.new_tokens), expected, strict=True)
+            memory = memory_metrics(cache, dense)
+            bar.update(len(part))
+    cells = _cells(questions, answers)
+    metrics: dict[str, Scalar] = {
+        "recall": fmean(ours for ours, _ in answers),
+        "recall_dense": fmean(dense for _, dense in answers),
+        "recall_n": len(answers),
+    }
+    return TaskResult({**metrics, **memory}, {"passkey": cells})
+
+
+def default_lengths(model: PreTrainedModel, new_tokens: int) -> list[int]:
+    """A quarter, a half and all of what the model takes, at most 1024 tokens."""
+    longest = min(1024, longest_context(model) - new_tokens)
+    return [longest // 4, longest // 2, longest]
+
+
+def answer(
+    model: PreTrainedModel, tokenizer: Any, items: Sequence[RecallPrompt], cache: Cache, new_tokens: int
+) -> list[bool]:
+    """Whether each prompt of one batch is answered right, decoding greedily with `cache`."""
+    tokenizer.padding_side = "left"
+    batch = tokenizer([item.prompt for item in items], return_tensors="pt", padding=True).to(model.device)
+    settings = GenerationConfig(
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    output = model.generate(  # type: ignore[operator]
+        **batch, past_key_values=cache, generation_config=settings
+    )
+    texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [is_correct(text, item) for text, item in zip(texts, items, strict=True)]
+
+
+def _cells(questions: Sequence[Question], answers: Sequence[tuple[bool, bool]]) -> list[dict[str, Scalar]]:
+    def share(length: int, depth: float, pick: Callable[[tuple[bool, bool]], bool]) -> float:
+        chosen = [
+            a for q, a in zip(questions, answers, strict=True) if (q.length, q.depth) == (length, depth)
+        ]
+        return fmean(pick(a) for a in chosen)
+
+    return [
+        {
+            "length": length,
+            "depth": depth,
+            "recall": share(length, depth, lambda a: a[0]),
+            "recall_dense": share(length, depth, lambda a: a[1]),
+        }
+        for length, depth in dict.fromkeys((q.length, q.depth) for q in questions)
+    ]

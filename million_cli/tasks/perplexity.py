@@ -1,0 +1,169 @@
+"""What quantizing costs a language model on text: KL from its dense self, perplexity, agreement.
+
+The text is cut into windows; each is read once with the dense cache and once with the cache under test, and
+the two next-token distributions are compared at every position.  `mode` says how the second reading goes:
+
+    parallel  one forward pass, each query seeing exactly what decoding token by token would show it
+    step      token by token (slow; equal to `parallel` up to rounding)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from million_cli.errors import UserError
+from million_cli.progress import progress
+from million_cli.tasks.base import (
+    CacheFactory,
+    Scalar,
+    TaskResult,
+    check_context,
+    dense_cache,
+    longest_context,
+    memory_metrics,
+)
+from million_cli.text import Text, TextConfig
+
+MODES = ("parallel", "step")
+CHUNK_ELEMENTS = 1 << 24
+"""Logits that are compared at once: bounds the float32 copies (a vocabulary of 128K makes 128 positions)."""
+
+
+@dataclass
+class Config(TextConfig):
+    """Text (see `TextConfig`) and how it is read.
+
+    Attributes:
+        context: tokens of a window; null is the model's trained context, at most 2048.
+        max_tokens: read at most that many tokens of the text.
+        batch: windows at once.
+        mode: `parallel` or `step`.
+    """
+
+    name: str = "perplexity"
+    context: int | None = None
+    max_tokens: int | None = None
+    batch: int = 4
+    mode: str = "parallel"
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise UserError(f"task.mode={self.mode}: accepted are {', '.join(MODES)}")
+        if self.batch < 1:
+            raise UserError(f"task.batch={self.batch}: accepted are integers from 1")
+
+
+class Comparison:
+    """Sums over predicted tokens, in float64.
+
+    KL is KL(dense || cached) = sum_v p_v (ln p_v - ln q_v), in nats.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.nll = self.nll_dense = 0.0
+        self.agree = 0
+        self.window_kl: list[float] = []
+
+    def add(self, dense: Tensor, cached: Tensor, targets: Tensor) -> None:
+        """Compare logits `[B, T, V]` of the same positions; targets `[B, T]` are the tokens that follow."""
+        rows = max(1, CHUNK_ELEMENTS // dense.shape[-1])
+        kl_sums = torch.zeros(len(dense), dtype=torch.float64)
+        for b in range(len(dense)):
+            for start in range(0, dense.shape[1], rows):
+                part = slice(start, start + rows)
+                p, q = _log_softmax(dense[b, part]), _log_softmax(cached[b, part])
+                goal = targets[b, part, None]
+                self.nll_dense -= p.gather(-1, goal).sum(dtype=torch.float64).item()
+                self.nll -= q.gather(-1, goal).sum(dtype=torch.float64).item()
+                self.agree += int((p.argmax(-1) == q.argmax(-1)).sum())
+                kl_sums[b] += (p.exp() * (p - q)).sum(dtype=torch.float64).item()
+        self.tokens += targets.numel()
+        self.window_kl += (kl_sums / targets.shape[1]).tolist()
+
+    def metrics(self) -> dict[str, Scalar]:
+        """All windows are of one length, so the mean over windows is the mean over tokens.
+
+        The standard error treats windows as independent, and tokens within one as not.
+        """
+        nll, nll_dense = self.nll / self.tokens, self.nll_dense / self.tokens
+        kl = torch.tensor(self.window_kl, dtype=torch.float64)
+        error = kl.std().item() / math.sqrt(len(kl)) if len(kl) > 1 else math.nan
+        return {
+            "perplexity": math.exp(nll),
+            "perplexity_dense": math.exp(nll_dense),
+            "perplexity_change_percent": 100 * (math.exp(nll - nll_dense) - 1),
+            "nll": nll,
+            "nll_dense": nll_dense,
+            "kl_e3": 1e3 * kl.mean().item(),
+            "kl_se_e3": 1e3 * error,
+            "top1_agreement": self.agree / self.tokens,
+            "tokens": self.tokens,
+        }
+
+
+@torch.inference_mode()
+def measure(
+    model: PreTrainedModel, tokenizer: Any, caches: CacheFactory, text: Text, config: Config, seed: int
+) -> TaskResult:
+    """Perplexity and KL over all whole windows of the text.
+
+    Returns:
+        perplexity(_dense), nll(_dense) in nats a token, kl_e3 (mean KL x 1000, nats) with its standard error,
+        top1_agreement, tokens predicted, and the bytes of `memory_metrics` at the end of a window.
+
+    Raises:
+        UserError: the text is shorter than one window, or the window longer than the model's context.
+    """
+    windows = cut_windows(model, tokenizer, text, config)
+    comparison = Comparison()
+    memory: dict[str, Scalar] = {}
+    with progress(windows.numel(), f"perplexity on {text.source}", "tok") as bar:
+        for ids in windows.split(config.batch):
+            ids = ids.to(model.device)
+            dense, cache = dense_cache(model), caches("quantized")
+            expected = read_at_once(model, ids[:, :-1], dense)
+            read = read_by_step if config.mode == "step" else read_at_once
+            comparison.add(expected, read(model, ids[:, :-1], cache), ids[:, 1:])
+            memory = memory or memory_metrics(cache, dense)
+            bar.update(ids.numel())
+    return TaskResult({**comparison.metrics(), "context": windows.shape[1], **memory})
+
+
+def cut_windows(model: PreTrainedModel, tokenizer: Any, text: Text, config: Config) -> Tensor:
+    """Token ids `[windows, context]` int64 of the text, what is left at its end dropped.
+
+    Raises:
+        UserError: the text is shorter than one window, or the window longer than the model's context.
+    """
+    context = config.context or min(longest_context(model), 2048)
+    check_context("task.context", context, model)
+    ids = tokenizer(text.content, verbose=False)["input_ids"][: config.max_tokens]
+    if len(ids) < context:
+        raise UserError(
+            f"the text {text.source} has {len(ids)} tokens; accepted are at least task.context={context}"
+        )
+    whole = len(ids) // context
+    return torch.tensor(ids[: whole * context], dtype=torch.int64).view(whole, context)
+
+
+def read_at_once(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
+    """Logits `[B, T, V]` of one forward pass over `ids [B, T]` through an empty cache."""
+    return model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+
+
+def read_by_step(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
+    """The same, one token a forward pass."""
+    return torch.cat([read_at_once(model, column, cache) for column in ids.split(1, dim=1)], dim=1)
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return F.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
