@@ -1,0 +1,51 @@
+import pytest
+import torch
+
+from million_cli.errors import UserError
+from million_cli.pq.rotation import fit_rotation, random_hadamard, random_orthogonal, rotate, unrotate
+from million_cli.spec import CodeSpec
+
+
+@pytest.mark.parametrize("D", [1, 2, 5, 64, 80, 96, 128])
+def test_hadamard_is_orthogonal_and_seeded(D):
+    R = random_hadamard(D, seed=3)
+    assert R.dtype == torch.float64
+    torch.testing.assert_close(R @ R.T, torch.eye(D, dtype=torch.float64), atol=1e-13, rtol=0)
+    assert torch.equal(R, random_hadamard(D, seed=3))
+    if D > 2:
+        assert not torch.equal(R, random_hadamard(D, seed=4))
+
+
+def test_hadamard_spreads_one_dimension_evenly():
+    torch.testing.assert_close(random_hadamard(64, 0).abs(), torch.full((64, 64), 1 / 8, dtype=torch.float64))
+
+
+def test_random_orthogonal_is_uniform_over_signs():
+    """QR alone would fix the signs of the diagonal; of Haar's matrices half have a positive first entry."""
+    generator = torch.Generator().manual_seed(0)
+    positive = sum(bool(random_orthogonal(3, generator)[0, 0] > 0) for _ in range(200))
+    assert 70 <= positive <= 130
+
+
+@pytest.mark.parametrize("Hr", [1, 3])
+def test_scores_and_outputs_are_unchanged_under_rotation(Hr):
+    torch.manual_seed(0)
+    R = torch.stack([random_hadamard(16, seed) for seed in range(Hr)])
+    q, k, v = torch.randn(3, 2, 3, 5, 16, dtype=torch.float64)
+    rotated_scores = rotate(q, R) @ rotate(k, R).transpose(-1, -2)
+    torch.testing.assert_close(rotated_scores, q @ k.transpose(-1, -2), atol=1e-12, rtol=0)
+    weights = rotated_scores.softmax(-1)
+    torch.testing.assert_close(unrotate(weights @ rotate(v, R), R), weights @ v, atol=1e-12, rtol=0)
+    assert rotate(q, None) is q
+    assert unrotate(q, None) is q
+
+
+def test_methods_by_name():
+    samples = torch.randn(2, 3, 10, 16)
+    spec = CodeSpec(16, 8, 4)
+    assert fit_rotation("none", samples, spec, 0) is None
+    R = fit_rotation("hadamard", samples, spec, 0)
+    assert R is not None
+    assert (R.shape, R.dtype) == ((1, 1, 16, 16), torch.float32)
+    with pytest.raises(UserError, match="rotation=haar: accepted are none, hadamard"):
+        fit_rotation("haar", samples, spec, 0)

@@ -1,0 +1,89 @@
+import os
+import stat
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from million_cli.errors import UserError
+from million_cli.files import atomic_path, read_safetensors, write_bytes, write_safetensors, write_text
+
+
+def test_text_and_bytes_arrive_as_they_are(tmp_path):
+    write_text(tmp_path / "new" / "folder" / "a.txt", "é\r\nb\n")
+    write_bytes(tmp_path / "b", b"\x00\xff")
+    assert (tmp_path / "new" / "folder" / "a.txt").read_bytes() == b"\xc3\xa9\r\nb\n"
+    assert (tmp_path / "b").read_bytes() == b"\x00\xff"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["b", "new"]
+
+
+def test_tensors_of_any_stride_and_metadata_come_back(tmp_path):
+    path = tmp_path / "t.safetensors"
+    tensors = {"a": torch.arange(6).view(2, 3).T, "b": torch.tensor([65535]).to(torch.uint16)}
+    write_safetensors(path, tensors, {"k": "v"})
+    loaded, metadata = read_safetensors(path)
+    assert metadata == {"k": "v"}
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+    assert loaded["b"].dtype == torch.uint16
+
+
+def test_a_new_file_has_ordinary_permissions(tmp_path):
+    write_text(tmp_path / "a", "")
+    (tmp_path / "b").write_text("")
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == stat.S_IMODE((tmp_path / "b").stat().st_mode)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failure_keeps_the_old_file_and_leaves_nothing_else(tmp_path, error):
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with pytest.raises(error), atomic_path(path) as temporary:
+        assert temporary.parent == path.parent
+        assert temporary.suffix == path.suffix
+        temporary.write_text("half")
+        raise error
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_made_is_the_users_mistake(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot write .*file/a.txt"):
+        write_text(tmp_path / "file" / "a.txt", "")
+
+
+@pytest.mark.parametrize("kind", ["bytes", "safetensors"])
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, kind):
+    """The limit on a file's size stands for the disk: writing past it fails in the same call."""
+    path = tmp_path / "a"
+    path.write_text("old")
+    code = f"""
+import resource, torch
+from million_cli.errors import UserError
+from million_cli.files import write_bytes, write_safetensors
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    if {kind!r} == "bytes":
+        write_bytes({str(path)!r}, bytes(10_000))
+    else:
+        write_safetensors({str(path)!r}, {{"x": torch.zeros(10_000)}})
+except UserError as error:
+    assert "\\n" not in str(error)
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"cannot write {path}: ")
+    assert os.listdir(tmp_path) == ["a"]
+    assert path.read_text() == "old"
+
+
+def test_unreadable_tensors_are_the_users_mistake(tmp_path):
+    with pytest.raises(UserError, match="no such file: .*missing"):
+        read_safetensors(tmp_path / "missing")
+    (tmp_path / "text").write_text("not tensors, and longer than eight bytes")
+    with pytest.raises(UserError, match="text is not a readable safetensors file") as caught:
+        read_safetensors(tmp_path / "text")
+    assert "\n" not in str(caught.value)
