@@ -116,6 +116,8 @@ class PagedStore(CodeStore):
         except RuntimeError:  # out of device memory
             self._manager.free(ids)
             raise
+        if self.batch is None:
+            self._table = torch.zeros(B, 0, dtype=torch.int32)
         if missing:
             self._extend_table(torch.tensor(ids, dtype=torch.int32).view(B, -1))
 
@@ -138,8 +140,7 @@ class PagedStore(CodeStore):
         width = self._table.shape[1]
         if self._pages + n > width:  # doubling keeps the addresses of the device copies for long
             table = torch.zeros(B, max(16, 2 * width, self._pages + n), dtype=torch.int32)
-            if self._pages:
-                table[:, : self._pages] = self._table[:, : self._pages]
+            table[:, : self._pages] = self._table[:, : self._pages]
             self._table = table
         self._table[:, self._pages : self._pages + n] = ids
         self._pages += n
@@ -173,14 +174,13 @@ class PagedStore(CodeStore):
             self._stale.update(self._mirrors)
 
     def _take_codes(self, indices: Tensor) -> None:
-        if not self._table.numel():  # no page yet; the table gets its rows with the first one
+        old, new = self._table, self._table.index_select(0, indices.cpu())
+        if new.shape == old.shape and torch.equal(new, old):  # beams mostly keep their order
             return
-        table = self._table.index_select(0, indices.cpu())
-        if not torch.equal(table, self._table):
-            self._manager.share(table[:, : self._pages].flatten().tolist())
-            self._manager.free(self._table[:, : self._pages].flatten().tolist())
-            self._table = table
-            self._stale.update(self._mirrors)
+        self._manager.share(new[:, : self._pages].flatten().tolist())
+        self._manager.free(old[:, : self._pages].flatten().tolist())
+        self._table = new
+        self._stale.update(self._mirrors)
 
     def _release(self) -> None:
         self._manager.free(self._table[:, : self._pages].flatten().tolist())

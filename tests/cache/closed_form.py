@@ -1,0 +1,118 @@
+"""The stores' meaning written down for tests: random codebooks, what a store must hold, plain attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from million_cli.cache.store import CodeStore
+from million_cli.pq.codebook import LayerPQ
+from million_cli.pq.codec import decode, encode
+from million_cli.spec import CodeSpec, WindowSpec
+
+D, HKV = 8, 2
+
+
+def random_pq(spec: CodeSpec, heads: int, rotation_heads: int, seed: int) -> LayerPQ:
+    """Normal centroids for `heads` heads and random orthogonal rotations (none for rotation_heads = 0)."""
+    generator = torch.Generator().manual_seed(seed)
+    centroids = torch.randn(heads, spec.M, spec.C, spec.dsub, generator=generator)
+    rotation = None
+    if rotation_heads:
+        normal = torch.randn(rotation_heads, spec.head_dim, spec.head_dim, generator=generator)
+        rotation = torch.linalg.qr(normal.double())[0].float()
+    return LayerPQ(spec, centroids, rotation)
+
+
+def random_layers(
+    n: int = 1,
+    keys: tuple[int, int] = (4, 4),
+    values: tuple[int, int] = (2, 6),
+    heads: int = HKV,
+    rotation_heads: int = HKV,
+) -> list[tuple[LayerPQ, LayerPQ]]:
+    """Quantizers of n layers; `keys` and `values` are (M, nbits)."""
+    k, v = CodeSpec(D, *keys), CodeSpec(D, *values)
+    return [
+        (random_pq(k, heads, rotation_heads, 2 * i), random_pq(v, heads, rotation_heads, 2 * i + 1))
+        for i in range(n)
+    ]
+
+
+def random_qkv(
+    T: int, B: int = 2, G: int = 2, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """query `[B, G * HKV, T, D]`, keys and values `[B, HKV, T, D]`."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (
+        torch.randn(B, heads, T, D, generator=generator, dtype=torch.float64).to(dtype)
+        for heads in (HKV * G, HKV, HKV)
+    )
+    return q, k, v
+
+
+def coded_vectors(x: Tensor, pq: LayerPQ) -> Tensor:
+    """What is left of x `[B, Hkv, T, D]` after coding, unrotated, in its dtype."""
+    return decode(encode(x, pq), pq, x.dtype)
+
+
+def cropped(x: Tensor, pq: LayerPQ, window: WindowSpec, length: int) -> Tensor:
+    """What a store of x `[B, Hkv, T, D]` holds after crop(length): what leaves the codes stays coarse."""
+    coded, length = window.coded_length(x.shape[2]), min(length, x.shape[2])
+    x, again_exact = x[:, :, :length].clone(), slice(window.coded_length(length), coded)
+    x[:, :, again_exact] = coded_vectors(x[:, :, again_exact], pq)
+    return x
+
+
+def assert_holds(store: CodeStore, k: Tensor, v: Tensor, layer: int = 0, tolerance: float = 0.0) -> None:
+    """The layer holds k and v: the oldest as codes, the rest exactly, cut as the closed form says.
+
+    `tolerance` is for the exact part after a crop, where undoing the rotation rounds by the number of tokens.
+    """
+    length, coded = k.shape[2], store.window.coded_length(k.shape[2])
+    assert (store.length(layer), store.coded(layer)) == (length, coded)
+    state = store._layers[layer]
+    readers, exact = store.codes(layer), store.exact(layer)
+    for x, pq, codes, newest in zip((k, v), (state.keys, state.values), readers, exact, strict=True):
+        assert codes.length == coded
+        assert torch.equal(codes.read(0, coded), encode(x[:, :, :coded], pq))
+        assert newest.shape == x[:, :, coded:].shape
+        assert ((newest - x[:, :, coded:]).abs() <= tolerance).all()
+
+
+def dense_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    pq: tuple[LayerPQ, LayerPQ],
+    boundaries: Sequence[int],
+    *,
+    scale: float,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+    first_valid: Tensor | None = None,
+) -> Tensor:
+    """One softmax over all tokens, in float64: `[B, Hq, N, D]`, NaN where a query sees nothing.
+
+    Query i sees decoded vectors below boundaries[i] and k, v from there on.
+    """
+    G, N, T = query.shape[1] // keys.shape[1], query.shape[2], keys.shape[2]
+    keys, values = keys.double(), values.double()
+    k, v, coded_k, coded_v = (
+        x.repeat_interleave(G, dim=1)
+        for x in (keys, values, coded_vectors(keys, pq[0]), coded_vectors(values, pq[1]))
+    )
+    as_code = torch.arange(T) < torch.tensor(list(boundaries))[:, None]  # [N, T]
+    query = query.double()
+    scores = torch.where(as_code, query @ coded_k.mT, query @ k.mT) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        mask = torch.arange(T) <= torch.arange(T - N, T)[:, None]
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if first_valid is not None:
+        scores = scores.masked_fill(torch.arange(T) < first_valid.view(-1, 1, 1, 1), -torch.inf)
+    p = scores.softmax(-1)
+    return (p * as_code) @ coded_v + (p * ~as_code) @ v

@@ -1,0 +1,179 @@
+"""Any sequence of operations on both stores, against plain lists of vectors."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from closed_form import HKV, D, assert_holds, cropped, dense_attention, random_layers
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch import Tensor
+
+from million_cli.cache.contiguous import ContiguousStore
+from million_cli.cache.page_manager import PagePoolExhausted
+from million_cli.cache.paged import PagedStore
+from million_cli.cache.store import CodeStore
+from million_cli.cache.view import attend
+from million_cli.spec import WindowSpec
+
+LAYERS, G = 2, 2
+TOLERANCE = 1e-12
+
+
+class Stores(RuleBasedStateMachine):
+    """The model is what was appended: keys and values `[B, HKV, T, D]` a layer, made coarse by crops.
+
+    The paged store has a small pool or one that grows; when it runs out it becomes contiguous, as in a run.
+    """
+
+    @initialize(
+        window=st.sampled_from([WindowSpec(16, 32), WindowSpec(16, 64), WindowSpec(32, 64)]),
+        prefill=st.sampled_from(["exact", "quantized"]),
+        max_pages=st.sampled_from([None, 8, 40]),
+        rotated=st.booleans(),
+        seed=st.integers(0, 1 << 20),
+    )
+    def start(self, window, prefill, max_pages, rotated, seed):
+        torch.manual_seed(seed)
+        self.window, self.prefill = window, prefill
+        self.layers = random_layers(LAYERS, values=(2, 5), rotation_heads=HKV if rotated else 0)
+        self.contiguous = ContiguousStore(self.layers, window, prefill=prefill)
+        self.paged = PagedStore(self.layers, window, prefill=prefill, max_pages=max_pages)
+        self.second: CodeStore = self.paged  # or what the paged store became
+        self.vectors: list[tuple[Tensor, Tensor]] | None = None
+
+    @property
+    def stores(self) -> tuple[CodeStore, CodeStore]:
+        return self.contiguous, self.second
+
+    @property
+    def batch(self) -> int:
+        return 0 if self.vectors is None else self.vectors[0][0].shape[0]
+
+    def fall_back(self) -> None:
+        before = self.paged.page_stats, self.paged.block_table().clone(), self.paged.memory()
+        lengths = [self.paged.length(i) for i in range(LAYERS)]
+        assert lengths == [0 if self.vectors is None else self.vectors[0][0].shape[2]] * LAYERS
+        self.check()  # the failed append changed nothing
+        assert before[0] == self.paged.page_stats
+        self.second = self.paged.to_contiguous()
+        assert self.paged.page_stats.in_use == 0
+
+    @rule(N=st.one_of(st.just(1), st.integers(1, 70)), batch=st.integers(1, 3))
+    def append(self, N: int, batch: int) -> None:
+        """One forward pass: all layers, the first first."""
+        B = self.batch or batch
+        if self.vectors is None:
+            empty = torch.empty(B, HKV, 0, D, dtype=torch.float64)
+            past = [(empty, empty)] * LAYERS
+        else:
+            past = self.vectors
+        start = past[0][0].shape[2]
+        first_valid = torch.randint(0, start + 2, (B,)) if N % 3 == 0 else None
+        now = []
+        for layer, (old_k, old_v) in enumerate(past):
+            k, v = torch.randn(2, B, HKV, N, D, dtype=torch.float64)
+            q = torch.randn(B, HKV * G, N, D, dtype=torch.float64)
+            try:
+                view = self.second.append(layer, k, v)
+            except PagePoolExhausted:
+                assert layer == 0
+                if self.vectors is not None:
+                    self.fall_back()
+                else:
+                    self.second = self.paged.to_contiguous()
+                view = self.second.append(layer, k, v)
+            out = [
+                attend(q, x, scale=0.7, first_valid=first_valid)
+                for x in (self.contiguous.append(layer, k, v), view)
+            ]
+            assert torch.equal(*out)
+            k, v = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
+            seen = [
+                t + 1 if N == 1 or self.prefill == "quantized" else start for t in range(start, start + N)
+            ]
+            expected = dense_attention(
+                q,
+                k,
+                v,
+                self.layers[layer],
+                [self.window.coded_length(t) for t in seen],
+                scale=0.7,
+                first_valid=first_valid,
+            )
+            assert ((out[0] - expected).abs().nan_to_num(0) <= 1e-11).all()
+            now.append((k, v))
+        self.vectors = now
+
+    @precondition(lambda self: self.batch)
+    @rule(share=st.floats(0, 1.1))
+    def crop(self, share: float) -> None:
+        assert self.vectors is not None
+        length = int(share * self.vectors[0][0].shape[2])
+        for store in self.stores:
+            store.crop(length)
+        self.vectors = [
+            (cropped(k, pq_k, self.window, length), cropped(v, pq_v, self.window, length))
+            for (k, v), (pq_k, pq_v) in zip(self.vectors, self.layers, strict=True)
+        ]
+
+    def take(self, indices: list[int]) -> None:
+        assert self.vectors is not None
+        self.vectors = [(k[indices], v[indices]) for k, v in self.vectors]
+
+    @precondition(lambda self: self.batch)
+    @rule(data=st.data())
+    def reorder(self, data) -> None:
+        B = self.batch
+        beams = data.draw(st.lists(st.integers(0, B - 1), min_size=B, max_size=B))
+        for store in self.stores:
+            store.reorder(torch.tensor(beams))
+        self.take(beams)
+
+    @precondition(lambda self: self.batch)
+    @rule(data=st.data())
+    def select(self, data) -> None:
+        indices = data.draw(st.lists(st.integers(0, self.batch - 1), min_size=1, max_size=4))
+        for store in self.stores:
+            store.select(torch.tensor(indices))
+        self.take(indices)
+
+    @precondition(lambda self: 0 < self.batch <= 2)
+    @rule(repeats=st.integers(1, 3))
+    def repeat_interleave(self, repeats: int) -> None:
+        for store in self.stores:
+            store.repeat_interleave(repeats)
+        self.take([b for b in range(self.batch) for _ in range(repeats)])
+
+    @precondition(lambda self: self.batch)
+    @rule()
+    def reset(self) -> None:
+        for store in self.stores:
+            store.reset()
+            assert store.memory()["total"] == 0
+        self.vectors = None
+
+    @invariant()
+    def check(self) -> None:
+        if self.vectors is None:
+            return
+        for layer, (k, v) in enumerate(self.vectors):
+            for store in self.stores:
+                assert_holds(store, k, v, layer, tolerance=TOLERANCE)
+            for a, b in zip(self.contiguous.exact(layer), self.second.exact(layer), strict=True):
+                assert torch.equal(a, b)
+
+    @invariant()
+    def no_page_leaks(self) -> None:
+        """Held pages are those in the block table, each as often as it occurs there."""
+        pages = 0 if self.second is not self.paged else self.paged.coded() // self.window.page_size
+        held = Counter(self.paged.block_table()[:, :pages].flatten().tolist())
+        manager = self.paged._manager
+        assert manager.stats.in_use == len(held)
+        assert all(manager.refcount(page) == n for page, n in held.items())
+
+
+TestStores = Stores.TestCase
+TestStores.settings = settings(max_examples=60, stateful_step_count=14, deadline=None)
