@@ -192,6 +192,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 def _resolve_name(name_or_path: str) -> str:
     """A folder or a hub name; what looks like a path must exist, so no typing error reaches the hub."""
+    if not name_or_path:
+        raise UserError(f"model={name_or_path}: accepted are a folder, a hub name or {REFERENCE_MODEL}")
     if name_or_path == REFERENCE_MODEL:
         folder = Path(__file__).parent.parent / "assets" / "reference-model"
         if not folder.is_dir():
@@ -207,7 +209,7 @@ def _resolve_name(name_or_path: str) -> str:
     looks_like_path = (
         folder.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.endswith(os.sep)
     )
-    if looks_like_path or not name_or_path or name_or_path.count("/") > 1:
+    if looks_like_path or name_or_path.count("/") > 1:
         raise UserError(
             f"model={name_or_path}: no such folder; accepted are a folder, a hub name or {REFERENCE_MODEL}"
         )

@@ -13,7 +13,7 @@ class Reservoir:
 
     Priorities are independent and uniform, so every n-subset of the tokens is equally likely (Cohen and
     Kaplan 2007, "Summarizing data using bottom-k sketches").  The i-th token's priority is the i-th output
-    of a counter-based generator (Philox) keyed by (seed, stream), which makes the sample a function of the
+    of a counter-based generator (Philox) keyed by (seed, layer), which makes the sample a function of the
     seed and of the sequence of tokens alone: it depends neither on how the sequence was cut into chunks nor
     on where a run was interrupted, and the state to resume from is the number of tokens seen.  All heads of
     the layer keep the same tokens.
@@ -23,15 +23,16 @@ class Reservoir:
     Args:
         capacity: n, the most tokens to keep.
         seed: of the run, >= 0.
-        stream: tells apart the reservoirs of a run, e.g. the layer's index.
+        layer: the layer's index, for a choice of its own and for messages.
     """
 
-    def __init__(self, capacity: int, seed: int, stream: int) -> None:
+    def __init__(self, capacity: int, seed: int, layer: int) -> None:
         assert capacity > 0
         assert seed >= 0
         self.capacity = capacity
         self.seen = 0
-        self._philox_key = (seed, stream)
+        self._layer = layer
+        self._philox_key = (seed, layer)
         self._generator = np.random.Philox(key=self._philox_key)
         self._priorities = np.empty(0, dtype=np.uint64)
         self._positions = np.empty(0, dtype=np.int64)
@@ -101,7 +102,7 @@ class Reservoir:
         }
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
-        """Go back to a `state()` of a reservoir of the same capacity, seed and stream."""
+        """Go back to a `state()` of a reservoir of the same capacity, seed and layer."""
         self.seen = int(state["seen"])
         self._positions = state["positions"].numpy().copy()
         self._priorities = state["priorities"].numpy().view(np.uint64).copy()
@@ -123,7 +124,8 @@ class Reservoir:
         new_values = values[row, :, position].transpose(0, 1).cpu()
         if not (new_keys.isfinite().all() and new_values.isfinite().all()):
             raise UserError(
-                "the sampled K or V holds NaN or infinity; try another dtype (bfloat16 or float32)"
+                f"layer {self._layer}: sampled K or V hold NaN or infinity; accepted are finite numbers, "
+                "which another dtype (bfloat16, float32) may give"
             )
         self._allocate(new_keys, new_values)
         at = torch.from_numpy(slots)

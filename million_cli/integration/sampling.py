@@ -65,7 +65,7 @@ class SamplingCache(Cache):
         self.fingerprint = fingerprint(model)
         self.capacity, self.seed = samples, seed
         self.mask: torch.Tensor | None = None
-        self.reservoirs = {index: Reservoir(samples, seed, stream=index) for index in self.fingerprint.layers}
+        self.reservoirs = {index: Reservoir(samples, seed, layer=index) for index in self.fingerprint.layers}
         layers = DynamicCache(config=model.config).layers
         for index, reservoir in self.reservoirs.items():
             layers[index] = SamplingLayer(self, reservoir)

@@ -1,4 +1,4 @@
-"""`model.generate` with PQ caches gives the tokens of a dequantising reference, in every mode of generation."""
+"""`model.generate` with PQ caches gives a dequantising reference's tokens, in every mode of generation."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def left_padded(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids.masked_fill(~mask, 0), mask.long()
 
 
-def generate(architecture: str, cache: Any, ids: torch.Tensor, mask: torch.Tensor | None = None, **options: Any) -> Any:
+def generate(
+    architecture: str, cache: Any, ids: torch.Tensor, mask: torch.Tensor | None = None, **options: Any
+) -> Any:
     options = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, **options}
     mask = torch.ones_like(ids) if mask is None else mask
     set_seed(7)
@@ -148,7 +150,11 @@ def test_padding_of_whole_pages_changes_nothing(store: str) -> None:
 def _padded_forward(cache: Any, ids: torch.Tensor, mask: torch.Tensor, start: int) -> torch.Tensor:
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     return tiny_model()(
-        ids[:, start:], attention_mask=mask, position_ids=positions[:, start:], past_key_values=cache, use_cache=True
+        ids[:, start:],
+        attention_mask=mask,
+        position_ids=positions[:, start:],
+        past_key_values=cache,
+        use_cache=True,
     ).logits
 
 
@@ -166,7 +172,7 @@ operations = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(operations=operations, store=st.sampled_from(list(CACHES)))
 def test_any_sequence_of_operations(operations: list[tuple[str, Any]], store: str) -> None:
     """Logits after appends, crops, reorders, repeats, selections and resets are those of the reference."""
@@ -240,5 +246,8 @@ def test_crop_by_the_length_to_keep() -> None:
     kept.crop(60)
     assert kept.get_seq_length() == 55
     torch.testing.assert_close(
-        forward(tiny_model(), kept, ids[:, 55:]), forward(tiny_model(), removed, ids[:, 55:]), rtol=0, atol=1e-12
+        forward(tiny_model(), kept, ids[:, 55:]),
+        forward(tiny_model(), removed, ids[:, 55:]),
+        rtol=0,
+        atol=1e-12,
     )

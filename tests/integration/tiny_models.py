@@ -1,7 +1,7 @@
-"""Tiny random models of each supported architecture in float64, codebooks for them, and an independent reference.
+"""Tiny random float64 models of each supported architecture, codebooks for them, an independent reference.
 
-The reference is a dense cache that overwrites tokens by their quantised and decoded vectors, with a plain softmax
-attention in float64: none of it shares code with the package.
+The reference is a dense cache that overwrites tokens by their quantised and decoded vectors, with a plain
+softmax attention in float64: none of it shares code with the package.
 """
 
 from __future__ import annotations
@@ -104,13 +104,14 @@ def quantise(x: Tensor, quantizer: ProductQuantizer, layer: int) -> Tensor:
     B, Hkv, T, D = x.shape
     spec, result = quantizer.spec, torch.empty_like(x)
     for head in range(Hkv):
-        rotation = (
-            torch.eye(D) if quantizer.rotation is None else quantizer.rotation[layer, head]
-        ).double()
+        rotation = (torch.eye(D) if quantizer.rotation is None else quantizer.rotation[layer, head]).double()
         parts = (x[:, head] @ rotation).unflatten(-1, (spec.M, spec.dsub))
         centroids = quantizer.centroids[layer, head].double()
         nearest = torch.stack(
-            [torch.cdist(parts[..., m, :].reshape(-1, spec.dsub), centroids[m]).argmin(-1) for m in range(spec.M)]
+            [
+                torch.cdist(parts[..., m, :].reshape(-1, spec.dsub), centroids[m]).argmin(-1)
+                for m in range(spec.M)
+            ]
         )
         decoded = torch.stack([centroids[m][nearest[m]] for m in range(spec.M)], dim=1)
         # A rotation in float32 is orthogonal to 1e-7 only, so its transpose is what the codec undoes it with.
@@ -125,7 +126,9 @@ class ReferenceLayer(DynamicLayer):
         super().__init__()
         self._codebook, self._position = codebook, position
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         coded = WINDOW.coded_length(self.get_seq_length())
         seen = super().update(key_states, value_states)
         coded_after = WINDOW.coded_length(self.get_seq_length())
