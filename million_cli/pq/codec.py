@@ -96,23 +96,21 @@ def nearest_centroid(points: Tensor, centroids: Tensor) -> Tensor:
     budget = block_elements(points.device)
     rows = max(1, min(n, budget // C))
     problems = max(1, budget // (C * rows))
-    by_dim = centroids.permute(2, 0, 1).contiguous()  # [dsub, N, C]: a dimension's centroids are contiguous
-    total, difference = points.new_empty(2, min(N, problems) * rows * C)
+    by_dim = centroids.permute(2, 0, 1).contiguous()  # [dsub, N, C]
+    buffers = points.new_empty(2, min(N, problems) * rows * C)
     found = torch.empty(N, n, dtype=torch.int64, device=points.device)
     for i in range(0, N, problems):
         for r in range(0, n, rows):
             block = points[i : i + problems, r : r + rows]
             shape = (*block.shape[:2], C)
-            total_block = total[: math.prod(shape)].view(shape)
-            difference_block = difference[: math.prod(shape)].view(shape)
+            distance, difference = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)
             for j in range(dsub):
-                target = difference_block if j else total_block
-                torch.sub(block[..., j, None], by_dim[j, i : i + problems, None], out=target)
-                if j:
-                    total_block.addcmul_(target, target)
+                torch.sub(block[..., j, None], by_dim[j, i : i + problems, None], out=difference)
+                if j == 0:
+                    torch.mul(difference, difference, out=distance)
                 else:
-                    total_block.square_()
-            found[i : i + problems, r : r + rows] = first_argmin(total_block)
+                    distance.addcmul_(difference, difference)
+            found[i : i + problems, r : r + rows] = first_argmin(distance)
     return found
 
 

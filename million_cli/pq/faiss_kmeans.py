@@ -26,8 +26,8 @@ def faiss_kmeans(
 ) -> Tensor:
     """Centroids of N independent problems: samples [N, n, dsub] (n >= 1, finite) -> float32 [N, C, dsub].
 
-    Runs on a GPU if the samples are on one and the FAISS installed can.  Where the seeds hit every sample
-    (at most C distinct ones) they are the result.
+    Runs on a GPU if the samples are on one and the FAISS installed can.  At most C distinct samples are
+    centroids as they are, repeated.
 
     Raises:
         UserError: FAISS is not installed.
@@ -38,21 +38,21 @@ def faiss_kmeans(
     gpu = samples.device.type == "cuda" and faiss.get_num_gpus() > 0
     for i in range(N):
         x = samples[i : i + 1].float()
-        seeds = seed_centroids(x, C, seed, seeding)
-        if _covers(x[0], seeds[0]):
-            centroids[i] = seeds[0]
+        distinct = x[0].unique(dim=0)
+        if len(distinct) <= C:  # FAISS would refuse too few samples and split equal ones
+            centroids[i] = distinct[torch.arange(C) % len(distinct)]
         else:
-            x = x[0].repeat(-(-C // n), 1)  # FAISS insists on C samples; copies of all leave the means alone
+            seeds = seed_centroids(x, C, seed, seeding)
             clustering = faiss.Kmeans(
                 dsub,
                 C,
                 niter=iterations,
                 seed=seed % 2**31,
                 min_points_per_centroid=1,
-                max_points_per_centroid=len(x),
+                max_points_per_centroid=n,
                 gpu=gpu,
             )
-            clustering.train(x.cpu().numpy(), init_centroids=seeds[0].cpu().numpy())
+            clustering.train(x[0].cpu().numpy(), init_centroids=seeds[0].cpu().numpy())
             centroids[i] = torch.from_numpy(clustering.centroids)
         if progress:
             progress(1)
@@ -72,9 +72,3 @@ def import_faiss() -> ModuleType:
             "trainer=faiss needs FAISS: pip install 'million[cpu]' or 'million[gpu]', or use trainer=torch"
         ) from error
     return faiss
-
-
-def _covers(x: Tensor, seeds: Tensor) -> bool:
-    """Whether every sample [n, dsub] is one of the seeds [C, dsub]."""
-    samples = {tuple(row) for row in x.tolist()} if len(x) else set()
-    return len(samples) <= len(seeds) and samples <= {tuple(row) for row in seeds.tolist()}
