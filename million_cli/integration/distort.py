@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from million_cli.integration.compat import reset_dense_layer
 from million_cli.integration.models import fingerprint
 from million_cli.pq import Codebook, LayerPQ, decode, encode
 
@@ -50,3 +51,8 @@ class DistortCache(Cache):
         for position, index in enumerate(ours.layers):
             layers[index] = DistortLayer(codebook.keys.layer(position), codebook.values.layer(position))
         super().__init__(layers=layers)
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        for layer in self.layers:
+            reset_dense_layer(layer)

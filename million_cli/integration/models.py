@@ -17,6 +17,7 @@ from million_cli.errors import UserError
 from million_cli.spec import ModelFingerprint
 
 REFERENCE_MODEL = "reference"
+REFERENCE_FOLDER = Path(__file__).parent.parent / "assets" / "reference-model"
 DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -195,12 +196,9 @@ def _resolve_name(name_or_path: str) -> str:
     if not name_or_path:
         raise UserError(f"model={name_or_path}: accepted are a folder, a hub name or {REFERENCE_MODEL}")
     if name_or_path == REFERENCE_MODEL:
-        folder = Path(__file__).parent.parent / "assets" / "reference-model"
-        if not folder.is_dir():
-            raise UserError(
-                f"model={name_or_path}: the shipped model is missing at {folder}; reinstall the package"
-            )
-        return str(folder)
+        if not REFERENCE_FOLDER.is_dir():
+            raise UserError(f"model={name_or_path}: {REFERENCE_FOLDER} is missing; reinstall the package")
+        return str(REFERENCE_FOLDER)
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
