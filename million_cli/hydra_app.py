@@ -117,7 +117,9 @@ def to_job_config(config: DictConfig) -> JobConfig:
         UserError: a value is missing, of the wrong type or out of range.
     """
     try:
-        job = OmegaConf.to_object(config)
+        # Merged once more: `+key=value` gets past the schema that Hydra composed into.
+        plain = OmegaConf.to_container(config, resolve=True)
+        job = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(JobConfig), plain))
     except Exception as error:
         _raise_as_user_error(error)
     assert isinstance(job, JobConfig)
@@ -163,7 +165,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def _job(verb: str, run_id: str, command: str, config: DictConfig) -> None:
     """One Hydra job: run the verb and save a record for each of its results."""
     started, clock = now(), time.perf_counter()
-    raw: Any = OmegaConf.to_container(config, throw_on_missing=False)
+    raw: Any = OmegaConf.to_container(config)
     out = Path(raw["out"])
 
     def record(**fields: Any) -> Record:

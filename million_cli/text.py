@@ -15,7 +15,7 @@ from pathlib import Path
 
 from million_cli.errors import UserError
 
-EXCERPTS = Path(__file__).resolve().parent / "reference" / "text"
+EXCERPTS = Path(__file__).resolve().parent / "assets" / "text"
 """Where the shipped WikiText-2 excerpts lie (attribution beside them)."""
 
 SUFFIXES = (".txt", ".txt.xz", ".xz", ".md")
@@ -121,7 +121,7 @@ def synthetic_text(seed: int, chars: int = 40_000) -> str:
 
 def _excerpt(split: str) -> Callable[[TextConfig], str]:
     def read(config: TextConfig) -> str:
-        return read_path(EXCERPTS / f"wikitext2-{split}-excerpt.txt.xz")
+        return read_path(EXCERPTS / f"wikitext2-{split}-excerpt.txt")
 
     return read
 

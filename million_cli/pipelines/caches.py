@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Literal
 
 from transformers.cache_utils import Cache, DynamicCache
 
 from million_cli.integration.cache import DynamicPQCache, PagedPQCache, PQCache
+from million_cli.integration.distort import DistortCache
 from million_cli.pipelines.session import Session
 from million_cli.pipelines.train_codebook import train
 from million_cli.pq import Codebook
+from million_cli.tasks.base import Prefill
 
 logger = logging.getLogger("million")
 
@@ -38,7 +39,7 @@ class Caches:
             self.codebook = Codebook.load(self.codebook_path)
             self.codebook.check(session.fingerprint)
 
-    def __call__(self, prefill: Literal["exact", "quantized"]) -> Cache:
+    def __call__(self, prefill: Prefill) -> Cache:
         """An empty cache; see `tasks.base.CacheFactory`."""
         self._collect()
         self._latest = self._make(prefill)
@@ -50,10 +51,12 @@ class Caches:
         self._collect()
         return list(self._fallbacks)
 
-    def _make(self, prefill: Literal["exact", "quantized"]) -> Cache:
+    def _make(self, prefill: Prefill) -> Cache:
         config, model = self.session.config, self.session.model
         if self.codebook is None:
             return DynamicCache(config=model.config)
+        if prefill == "distort":
+            return DistortCache(model, self.codebook)
         window = config.cache.window()
         if config.cache.kind == "paged":
             return PagedPQCache(

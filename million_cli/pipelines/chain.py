@@ -8,7 +8,7 @@ from million_cli.pipelines import Result
 from million_cli.pipelines.bench import bench
 from million_cli.pipelines.caches import Caches
 from million_cli.pipelines.config import CacheConfig, JobConfig, QuantizerConfig
-from million_cli.pipelines.evaluate import evaluate
+from million_cli.pipelines.evaluate import evaluate, prepare
 from million_cli.pipelines.sample import run_sample
 from million_cli.pipelines.session import Session
 from million_cli.pipelines.train_codebook import run_train
@@ -26,12 +26,13 @@ def run_chain(config: JobConfig) -> list[Result]:
         dense = deepcopy(config)
         dense.quantizer, dense.cache = QuantizerConfig(), CacheConfig(kind="dense")
         session = Session(dense)
-        results.append(evaluate(session, Caches(session)))
+        results.append(evaluate(session, prepare(session), Caches(session)))
     if stages & {"evaluate", "bench"}:
         session = Session(config)
+        jobs = prepare(session) if "evaluate" in stages else []
         caches = Caches(session)
-        if "evaluate" in stages:
-            results.append(evaluate(session, caches))
+        if jobs:
+            results.append(evaluate(session, jobs, caches))
         if "bench" in stages:
             results.append(bench(session, caches))
     elif "train" in stages:

@@ -53,7 +53,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if not self.path and not self.shape:
-            raise UserError("model.path is empty: name a folder or a hub model (model=folder model.path=...)")
+            raise UserError("model.path is empty; accepted are a folder and a model on the hub")
 
 
 @dataclass

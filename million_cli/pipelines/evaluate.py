@@ -24,29 +24,41 @@ from million_cli.text import Text, TextConfig
 
 logger = logging.getLogger("million")
 
+Job = tuple[Any, Text | None]
+"""A task's configuration and the text it reads."""
+
 
 def run_evaluate(config: JobConfig) -> list[Result]:
     """`million eval`."""
     session = Session(config)
-    return [evaluate(session, Caches(session))]
+    jobs = prepare(session)
+    return [evaluate(session, jobs, Caches(session))]
 
 
-def evaluate(session: Session, caches: Caches) -> Result:
-    """Measure `config.task` and each of `config.also`.
+def prepare(session: Session) -> list[Job]:
+    """`config.task` and each of `config.also`, checked, with their texts: before anything slow begins.
 
     Raises:
-        UserError: an unknown task or setting, a text that the codebook was trained on, or a task's own.
+        UserError: an unknown task or setting, or a text that cannot be had.
     """
     config = session.config
     tasks = [("task", config.task), *((f"also.{name}", task) for name, task in config.also.items())]
-    configs = [(where, typed(where, settings)) for where, settings in tasks]  # all checked before any runs
-    texts = [session.text(task) if isinstance(task, TextConfig) else None for _, task in configs]
-    for text in texts:
+    configs = [typed(where, settings) for where, settings in tasks]
+    return [(task, session.text(task) if isinstance(task, TextConfig) else None) for task in configs]
+
+
+def evaluate(session: Session, jobs: list[Job], caches: Caches) -> Result:
+    """Measure what `prepare` gave, all into one result.
+
+    Raises:
+        UserError: a text that the codebook was trained on, or a task's own.
+    """
+    for _, text in jobs:
         if text is not None:
             refuse_calibration_text(session, caches, text)
     metrics: dict[str, Scalar] = {}
     fallbacks: dict[str, None] = {}
-    for (_, task), text in zip(configs, texts, strict=True):
+    for task, text in jobs:
         found = _measured(session, caches, task, text)
         metrics = {**found["metrics"], **metrics}  # what both measure (bytes) is the main task's
         fallbacks.update(dict.fromkeys(found["fallbacks"]))

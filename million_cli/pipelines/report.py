@@ -65,7 +65,11 @@ TRAINING: tuple[Column, ...] = (
     ("value_error", "value error", number(".4f")),
     ("duration_s", "s", number(".1f")),
 )
-FAILED: tuple[Column, ...] = (*WHAT, ("status", "status", str))
+FAILED: tuple[Column, ...] = (
+    *WHAT,
+    ("status", "status", str),
+    ("error", "why", lambda cell: cell.splitlines()[-1]),
+)
 
 
 def report(config: JobConfig) -> None:
@@ -123,7 +127,7 @@ def table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
         "  ".join(
             cell.ljust(width) if is_text else cell.rjust(width)
             for cell, width, is_text in zip(line, widths, left, strict=True)
-        )
+        ).rstrip()
         for line in cells
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -63,11 +63,11 @@ def train(session: Session) -> Path:
         folder = sample(session)
         keys, values = Samples(folder).stacked()
         text = session.text(config.data)
-        with progress(1, f"training {quantizer.name}", "codebook") as bar:
+        with progress(1, f"training {quantizer.name}", "k-means") as bar:
 
             def tick(done: int, total: int) -> None:
-                bar.total, bar.n = total, done
-                bar.refresh() if done == total else bar.update(0)
+                bar.total = total
+                bar.update(done - bar.n)
 
             codebook = train_codebook(
                 keys,

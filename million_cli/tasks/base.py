@@ -18,12 +18,16 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from million_cli.errors import UserError
 
-Prefill = Literal["exact", "quantized"]
+Prefill = Literal["exact", "quantized", "distort"]
 Scalar = str | int | float | bool | None
 
 
 class CacheFactory(Protocol):
-    """Makes an empty cache for one batch; `prefill` says what several tokens at once attend to."""
+    """Makes an empty cache for one batch; `prefill` says what several tokens at once attend to.
+
+    exact: exact K and V of all that was not coded before; quantized: what each would see if they came one by
+    one; distort: codes for everything, their own K and V included (what the MILLION paper evaluates).
+    """
 
     def __call__(self, prefill: Prefill) -> Cache: ...
 
@@ -53,6 +57,8 @@ def memory_metrics(cache: Cache, dense: Cache) -> dict[str, Scalar]:
     fp16_bytes = 2 * elements
     shared: dict[str, Scalar] = {"cache_tokens": _tokens(dense), "dense_bytes": dense_bytes}
     memory = getattr(cache, "memory", None)
+    if memory is None and hasattr(cache, "bits"):
+        return {"bits_nominal": cache.bits}  # a simulation: its bytes mean nothing
     if memory is None:
         own = sum(t.nbytes for t in _tensors(cache))
         return {

@@ -1,8 +1,8 @@
 """Where the time of a decode step goes, by stage, without slowing the step down.
 
 Hooks on the model's modules and on the cache mark when one stage ends and the next begins; a stage is the
-time between two marks, so the stages sum to the step by construction.  On a GPU a mark is an event on the stream,
-read after the last step: nothing waits.
+time between two marks, so the stages sum to the step by construction.  On a GPU a mark is an event on the
+stream, read after the last step: nothing waits.
 """
 
 from __future__ import annotations

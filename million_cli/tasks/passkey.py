@@ -36,7 +36,7 @@ class Config(TextConfig):
     """Filler text (see `TextConfig`) and the grid of prompts.
 
     Attributes:
-        lengths: of prompts, in tokens; null is a quarter, a half and all of the model's context, at most 1024.
+        lengths: of prompts, in tokens; null is a quarter, a half and all of the model's context, up to 1024.
         depths: where the asked fact stands, 0 (start) to 1 (end).
         samples: prompts a cell.
         facts: facts a prompt; more than one is multi-key recall.
@@ -96,8 +96,12 @@ def measure(
         for start in range(0, len(questions), config.batch):
             part = [question.item for question in questions[start : start + config.batch]]
             dense, cache = dense_cache(model), caches(config.prefill)  # type: ignore[arg-type]
-            expected = answer(model, tokenizer, part, dense, config.new_tokens)
-            answers += zip(answer(model, tokenizer, part, cache, config.new_tokens), expected, strict=True)
+            prompts = [item.prompt for item in part]
+            theirs = completions(model, tokenizer, prompts, dense, config.new_tokens)
+            ours = completions(model, tokenizer, prompts, cache, config.new_tokens)
+            answers += [
+                (is_correct(a, item), is_correct(b, item)) for a, b, item in zip(ours, theirs, part, strict=True)
+            ]
             memory = memory_metrics(cache, dense)
             bar.update(len(part))
     cells = _cells(questions, answers)
@@ -115,12 +119,12 @@ def default_lengths(model: PreTrainedModel, new_tokens: int) -> list[int]:
     return [longest // 4, longest // 2, longest]
 
 
-def answer(
-    model: PreTrainedModel, tokenizer: Any, items: Sequence[RecallPrompt], cache: Cache, new_tokens: int
-) -> list[bool]:
-    """Whether each prompt of one batch is answered right, decoding greedily with `cache`."""
+def completions(
+    model: PreTrainedModel, tokenizer: Any, prompts: Sequence[str], cache: Cache, new_tokens: int
+) -> list[str]:
+    """The greedy continuation of each prompt of one left-padded batch, decoded with `cache`."""
     tokenizer.padding_side = "left"
-    batch = tokenizer([item.prompt for item in items], return_tensors="pt", padding=True).to(model.device)
+    batch = tokenizer(list(prompts), return_tensors="pt", padding=True).to(model.device)
     settings = GenerationConfig(
         max_new_tokens=new_tokens,
         do_sample=False,
@@ -128,10 +132,15 @@ def answer(
         eos_token_id=tokenizer.eos_token_id,
     )
     output = model.generate(  # type: ignore[operator]
-        **batch, past_key_values=cache, generation_config=settings
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        past_key_values=cache,
+        generation_config=settings,
     )
-    texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [is_correct(text, item) for text, item in zip(texts, items, strict=True)]
+    texts: list[str] = tokenizer.batch_decode(
+        output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    return texts
 
 
 def _cells(questions: Sequence[Question], answers: Sequence[tuple[bool, bool]]) -> list[dict[str, Scalar]]:

@@ -5,6 +5,7 @@ the two next-token distributions are compared at every position.  `mode` says ho
 
     parallel  one forward pass, each query seeing exactly what decoding token by token would show it
     step      token by token (slow; equal to `parallel` up to rounding)
+    distort   one forward pass, all of K and V coded, no exact window (what the MILLION paper evaluates)
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from million_cli.tasks.base import (
 )
 from million_cli.text import Text, TextConfig
 
-MODES = ("parallel", "step")
+MODES = ("parallel", "step", "distort")
 CHUNK_ELEMENTS = 1 << 24
 """Logits that are compared at once: bounds the float32 copies (a vocabulary of 128K makes 128 positions)."""
 
@@ -45,7 +46,7 @@ class Config(TextConfig):
         context: tokens of a window; null is the model's trained context, at most 2048.
         max_tokens: read at most that many tokens of the text.
         batch: windows at once.
-        mode: `parallel` or `step`.
+        mode: `parallel`, `step` or `distort`.
     """
 
     name: str = "perplexity"
@@ -129,7 +130,8 @@ def measure(
     with progress(windows.numel(), f"perplexity on {text.source}", "tok") as bar:
         for ids in windows.split(config.batch):
             ids = ids.to(model.device)
-            dense, cache = dense_cache(model), caches("quantized")
+            dense = dense_cache(model)
+            cache = caches("distort" if config.mode == "distort" else "quantized")
             expected = read_at_once(model, ids[:, :-1], dense)
             read = read_by_step if config.mode == "step" else read_at_once
             comparison.add(expected, read(model, ids[:, :-1], cache), ids[:, 1:])

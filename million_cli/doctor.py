@@ -1,0 +1,160 @@
+"""`million doctor`: what is installed, what works here, and why what does not."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+from million_cli.errors import UserError
+from million_cli.results import CHECKOUT, git_commit, version
+
+PACKAGES = (
+    "million",
+    "torch",
+    "transformers",
+    "datasets",
+    "hydra-core",
+    "safetensors",
+    "pandas",
+    "matplotlib",
+)
+
+Line = tuple[str, str]
+
+
+def diagnose() -> int:
+    """Print the findings; gives 0 if the torch path works, else 1."""
+    for lines in (_versions, _folders, _optional, _devices):
+        for name, finding in lines():
+            print(f"{name:<14}{finding}", flush=True)
+    try:
+        tokens = self_test()
+    except Exception:
+        traceback.print_exc()
+        print(f"{'self-test':<14}FAILED: the torch path does not work")
+        return 1
+    print(f"{'self-test':<14}ok: sampled, trained, generated {tokens} tokens with a paged cache")
+    return 0
+
+
+def self_test() -> int:
+    """Sample, train and generate with a random model of two layers on the CPU; gives the tokens generated."""
+    import torch
+
+    from million_cli import PagedPQCache
+    from million_cli.integration.models import random_model
+    from million_cli.integration.sampling import SamplingCache, read_text
+    from million_cli.pq import TrainSpec, train_codebook
+    from million_cli.spec import CodeSpec, PQSpec, WindowSpec
+
+    shape = {"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = random_model({**shape, **heads})
+    ids = torch.arange(96)[None] % 64
+    cache = SamplingCache(model, samples=96)
+    read_text(model, cache, ids)
+    spec = CodeSpec(head_dim=16, M=8, nbits=4)
+    codebook = train_codebook(
+        *cache.samples(),
+        PQSpec(spec, spec),
+        cache.fingerprint,
+        TrainSpec(iterations=2),
+        calibration="self-test",
+        calibration_sha256="",
+        tokens=96,
+    )
+    paged = PagedPQCache(model, codebook, WindowSpec(page_size=16, residual=32))
+    output = model.generate(ids, past_key_values=paged, max_new_tokens=4, do_sample=False, pad_token_id=0)  # type: ignore[operator]
+    assert paged.memory()["key_codes"] > 0
+    return int(output.shape[1]) - ids.shape[1]
+
+
+def _versions() -> Iterator[Line]:
+    yield "python", f"{platform.python_version()} ({sys.executable})"
+    for package in PACKAGES:
+        found = version(package)
+        commit = f" ({git_commit()})" if package == "million" and git_commit() else ""
+        yield package, found + commit
+
+
+def _folders() -> Iterator[Line]:
+    from million_cli.hydra_app import conf_folder
+
+    try:
+        yield "conf", str(conf_folder())
+    except UserError as error:
+        yield "conf", f"missing: {error}"
+    kernels = kernels_folder()
+    yield "kernels", str(kernels) if kernels else "no kernel sources here"
+
+
+def kernels_folder() -> Path | None:
+    """The CUDA sources: the checkout's, else those in the installed package."""
+    folders = (CHECKOUT / "kernels", Path(__file__).resolve().parent / "kernels")
+    # An editable install leaves a stale copy in site-packages, so the checkout comes first.
+    return next((folder for folder in folders if folder.is_dir()), None)
+
+
+def _optional() -> Iterator[Line]:
+    faiss = [name for name in ("faiss-cpu", "faiss-gpu") if version(name) != "not installed"]
+    if len(faiss) == 2:
+        yield "faiss", "faiss-cpu and faiss-gpu exclude each other: remove one"
+    elif importlib.util.find_spec("faiss") is None:
+        yield (
+            "faiss",
+            "not installed: train.trainer=faiss needs the extra `cpu` or `gpu`; torch trains without it",
+        )
+    else:
+        yield "faiss", f"{faiss[0]} {version(faiss[0])}" if faiss else "found"
+    compiler = shutil.which("g++")
+    if importlib.util.find_spec("pykeops") is None:
+        yield "pykeops", "not installed: the torch codec is used"
+    elif compiler is None:
+        yield "pykeops", f"{version('pykeops')}, unusable: it needs g++, which is not on PATH"
+    else:
+        yield "pykeops", version("pykeops")
+    yield "g++", compiler or "not on PATH"
+    nvcc = shutil.which("nvcc") or _executable(
+        Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin/nvcc"
+    )
+    yield "nvcc", _nvcc_release(nvcc) if nvcc else "not on PATH: CUDA kernels cannot be compiled here"
+
+
+def _devices() -> Iterator[Line]:
+    import torch
+
+    yield "cpu", f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        reason = "no device found" if built else "torch is built without CUDA"
+        yield "cuda", f"not available: {reason}; everything runs by the torch path"
+        return
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        yield (
+            f"cuda:{index}",
+            f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
+            f"{properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}",
+        )
+
+
+def _executable(path: Path) -> str | None:
+    return str(path) if os.access(path, os.X_OK) else None
+
+
+def _nvcc_release(nvcc: str) -> str:
+    try:
+        output = subprocess.run(
+            [nvcc, "--version"], capture_output=True, text=True, timeout=20, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"{nvcc}: does not run ({error})"
+    release = next((line.strip() for line in output.splitlines() if "release" in line), "")
+    return f"{nvcc}: {release}"

@@ -1,0 +1,137 @@
+"""Perplexity and KL against their definitions, and one forward pass against decoding token by token."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from million_cli.errors import UserError
+from million_cli.pq import decode, encode
+from million_cli.tasks import perplexity
+from million_cli.tasks.perplexity import Comparison, Config, cut_windows, measure
+from million_cli.text import Text
+
+SMALL = {"context": 96, "max_tokens": 96 * 5, "batch": 2}
+
+
+def test_the_dense_cache_agrees_with_itself_exactly(tiny, text):
+    found = measure(tiny.model, tiny.tokenizer, tiny.caches("dense"), text, Config(**SMALL), 0).metrics
+    assert found["kl_e3"] == 0
+    assert found["top1_agreement"] == 1
+    assert found["nll"] == found["nll_dense"]
+    assert found["perplexity_change_percent"] == 0
+    assert found["tokens"] == 5 * 95
+    assert found["context"] == 96
+    assert found["bits_nominal"] == 64  # a float64 model
+
+
+def test_dense_perplexity_is_the_model_loss_without_a_cache(tiny, text):
+    config = Config(**SMALL)
+    found = measure(tiny.model, tiny.tokenizer, tiny.caches(), text, config, 0).metrics
+    ids = cut_windows(tiny.model, tiny.tokenizer, text, config)
+    with torch.no_grad():
+        logits = tiny.model(input_ids=ids, use_cache=False).logits[:, :-1]
+    loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
+    assert found["nll_dense"] == pytest.approx(loss, rel=1e-9)
+    assert found["perplexity_dense"] == pytest.approx(math.exp(loss), rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+def test_one_forward_pass_equals_decoding_token_by_token(tiny, text, kind):
+    results = {}
+    for mode in ("parallel", "step"):
+        config = Config(**SMALL, mode=mode)
+        results[mode] = measure(tiny.model, tiny.tokenizer, tiny.caches(kind), text, config, 0).metrics
+    assert results["parallel"]["kl_e3"] > 0.01  # codes were seen
+    assert results["parallel"].keys() == results["step"].keys()
+    for name, value in results["parallel"].items():
+        assert results["step"][name] == pytest.approx(value, rel=1e-7), name
+
+
+def test_contiguous_and_paged_measure_the_same(tiny, text):
+    contiguous, paged = (
+        measure(tiny.model, tiny.tokenizer, tiny.caches(kind), text, Config(**SMALL), 0).metrics
+        for kind in ("contiguous", "paged")
+    )
+    for name in ("nll", "kl_e3", "top1_agreement", "code_bytes", "window_bytes", "codebook_bytes"):
+        assert contiguous[name] == paged[name], name
+    assert contiguous["block_table_bytes"] == 0 < paged["block_table_bytes"]
+
+
+def test_distorting_everything_costs_more_than_keeping_a_window(tiny, text):
+    found = {
+        mode: measure(tiny.model, tiny.tokenizer, tiny.caches(), text, Config(**SMALL, mode=mode), 0).metrics
+        for mode in ("parallel", "distort")
+    }
+    assert found["distort"]["kl_e3"] > found["parallel"]["kl_e3"]
+    assert found["distort"]["bits_nominal"] == found["parallel"]["bits_nominal"] == 2.0
+    assert "cache_bytes" not in found["distort"]
+
+
+def test_the_distorting_cache_holds_what_the_codec_makes_of_keys_and_values(tiny):
+    ids = torch.arange(40)[None]
+    dense, distorted = tiny.caches("dense")("exact"), tiny.caches()("distort")
+    with torch.no_grad():
+        for cache in (dense, distorted):
+            tiny.model(input_ids=ids, past_key_values=cache)
+    # Only the first layer reads the same input in both.
+    for side, quantizer in (("keys", tiny.codebook.keys), ("values", tiny.codebook.values)):
+        exact, pq = getattr(dense.layers[0], side), quantizer.layer(0)
+        assert torch.equal(getattr(distorted.layers[0], side), decode(encode(exact, pq), pq, exact.dtype))
+
+
+def test_the_sums_are_the_definitions_whatever_the_chunks(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    dense, cached = (torch.randn(3, 7, 11, generator=generator, dtype=torch.float64) for _ in range(2))
+    targets = torch.randint(11, (3, 7), generator=generator)
+    p, q = dense.softmax(-1), cached.softmax(-1)
+    window_kl = (p * (p / q).log()).sum(-1).mean(-1)
+    for elements in (1, 30, 1 << 20):
+        monkeypatch.setattr(perplexity, "CHUNK_ELEMENTS", elements)
+        comparison = Comparison()
+        comparison.add(dense[:2], cached[:2], targets[:2])
+        comparison.add(dense[2:], cached[2:], targets[2:])
+        found = comparison.metrics()
+        assert found["kl_e3"] == pytest.approx(1e3 * window_kl.mean().item(), rel=1e-12)
+        assert found["kl_se_e3"] == pytest.approx(1e3 * window_kl.std().item() / math.sqrt(3), rel=1e-12)
+        nll = -q.gather(-1, targets[..., None]).log().mean().item()
+        assert found["nll"] == pytest.approx(nll, rel=1e-12)
+        assert found["top1_agreement"] == (p.argmax(-1) == q.argmax(-1)).double().mean().item()
+        assert found["tokens"] == 21
+
+
+def test_the_standard_error_of_one_window_is_unknown():
+    comparison = Comparison()
+    logits = torch.randn(1, 4, 5)
+    comparison.add(logits, logits, torch.zeros(1, 4, dtype=torch.int64))
+    assert math.isnan(comparison.metrics()["kl_se_e3"])
+
+
+def test_half_precision_logits_are_compared_in_float32():
+    comparison = Comparison()
+    logits = torch.randn(1, 50, 200, generator=torch.Generator().manual_seed(0)).half()
+    comparison.add(logits, logits + 0.25, torch.zeros(1, 50, dtype=torch.int64))  # a constant changes nothing
+    assert abs(comparison.metrics()["kl_e3"]) < 0.02
+
+
+def test_too_short_a_text_and_too_long_a_window_are_refused(tiny):
+    with pytest.raises(UserError, match=r"the text note has 5 tokens; accepted are at least task.context=64"):
+        measure(tiny.model, tiny.tokenizer, tiny.caches(), Text("short", "note"), Config(context=64), 0)
+    with pytest.raises(UserError, match=r"task\.context=257: accepted are 2 to 256"):
+        measure(tiny.model, tiny.tokenizer, tiny.caches(), Text("x" * 999, "note"), Config(context=257), 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), [({"mode": "fast"}, "task.mode=fast"), ({"batch": 0}, "task.batch=0")]
+)
+def test_settings_out_of_range_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        Config(**settings)
+
+
+def test_the_window_defaults_to_the_context_of_the_model(tiny, text):
+    windows = cut_windows(tiny.model, tiny.tokenizer, text, Config())
+    assert windows.shape == (3000 // 256, 256)
