@@ -1,0 +1,47 @@
+"""Cut the shipped WikiText-2 excerpts: whole articles from the start of a split, raw as they are.
+
+python scripts/make_text_excerpts.py test.txt.xz million_cli/assets/text/wikitext2-test-excerpt.txt
+"""
+
+from __future__ import annotations
+
+import lzma
+import os
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+# An article's title stands alone on its line between single equals signs: " = Robert Boulter = ".
+_TITLE = re.compile(r"^ = [^=\n](?:[^\n]*[^=\n])? = *$", re.MULTILINE)
+
+
+def whole_articles(text: str, limit_bytes: int) -> str:
+    """The longest run of whole articles from the start of `text` within `limit_bytes` of UTF-8."""
+    starts = [match.start() for match in _TITLE.finditer(text)]
+    starts = [*starts[1:], len(text)]
+    fitting = [start for start in starts if len(text[:start].encode()) <= limit_bytes]
+    if not fitting:
+        needed = len(text[: starts[0]].encode())
+        raise typer.BadParameter(f"--limit-bytes {limit_bytes}: the first article takes {needed} bytes")
+    return text[: fitting[-1]]
+
+
+def main(
+    source: Annotated[Path, typer.Argument(help="a WikiText split, .txt or .txt.xz", exists=True)],
+    target: Annotated[Path, typer.Argument(help="file to write")],
+    limit_bytes: Annotated[int, typer.Option(help="size not to exceed")] = 300_000,
+) -> None:
+    """Write the articles from the start of SOURCE that fit into LIMIT_BYTES to TARGET."""
+    opener = lzma.open if source.suffix == ".xz" else open
+    with opener(source, "rt", encoding="utf-8", newline="") as file:
+        excerpt = whole_articles(file.read(), limit_bytes)
+    temporary = target.with_suffix(".part")
+    temporary.write_text(excerpt, encoding="utf-8", newline="")
+    os.replace(temporary, target)
+    typer.echo(f"{target}: {len(excerpt.encode()):,} bytes, {len(excerpt.split()):,} words")
+
+
+if __name__ == "__main__":
+    typer.run(main)
