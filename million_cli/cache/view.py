@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from million_cli.ops.codes import CodeReader
@@ -49,18 +47,6 @@ class KVView:
     def coded(self) -> int:
         """Tokens that at least one query sees as codes; 0 means `keys` and `values` are the whole text."""
         return self.boundaries[-1]
-
-    @property
-    def device(self) -> torch.device:
-        return self.keys.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.keys.dtype
-
-    def to(self, *args: Any, **kwargs: Any) -> KVView:
-        """The view itself: it stays where its store is (models that move K and V call this)."""
-        return self
 
 
 def attend(

@@ -273,13 +273,35 @@ def test_beams_share_pages_until_they_part():
 def test_device_copies_of_the_block_table_are_refreshed_in_place():
     store, (_, k, v) = PagedStore(random_layers(), SMALL), random_qkv(64)
     store.append(0, k, v)
-    copy = store.block_table("meta")
-    assert store.block_table("meta") is copy
-    store.append(0, k, v)
-    store.reorder(torch.tensor([1, 0]))
-    assert store.block_table("meta") is copy
+    meta = torch.device("meta")
+    assert store.block_table(meta) is store.block_table(meta)
+    copy = store._mirrors[meta] = torch.zeros_like(store.block_table())  # stands in for memory of a device
+
+    def append():
+        store.append(0, k, v)
+
+    for change in (append, lambda: store.reorder(torch.tensor([1, 0])), lambda: store.crop(70)):
+        change()
+        assert store.block_table(meta) is copy
+        assert torch.equal(copy, store.block_table())
     store.repeat_interleave(2)
-    assert store.block_table("meta").shape == store.block_table().shape == (4, copy.shape[1])
+    assert store.block_table(meta).shape == store.block_table().shape == (4, copy.shape[1])
+
+
+def test_no_memory_for_a_pool_takes_no_pages(monkeypatch):
+    store, (_, k, v) = PagedStore(random_layers(2), SMALL, max_pages=20), random_qkv(80)
+
+    def fail(*args):
+        raise torch.OutOfMemoryError("out of memory")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(store, "_grow_pool", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            store.append(0, k, v)
+    assert (store.length(), store.page_stats.in_use) == (0, 0)
+    store.append(0, k, v)
+    assert store.page_stats.in_use == 8
+    assert_holds(store, k, v)
 
 
 def snapshot(store: PagedStore) -> list[Any]:
