@@ -35,7 +35,7 @@ from million_cli.pq.rotation import rotate, unrotate
 # Elements of K, and of V, decoded at once (batch, heads, tokens and dimensions), and scores alive at once
 # (batch, heads, queries and tokens): about the caches of a CPU, a small part of a GPU's memory.
 _SPAN_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
-_SCORE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}
+_SCORE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 # Rows of a block share the span of keys that any of them sees, so long blocks waste work on masked scores.
 _MAX_ROWS = {"cpu": 128, "cuda": 1024}
 
