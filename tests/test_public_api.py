@@ -52,7 +52,7 @@ def test_example_in_the_docstring(
     exec(code, names)
     cache, output = names["cache"], names["output"]
     assert isinstance(cache, million_cli.PagedPQCache)
-    assert output.shape[1] > 128  # type: ignore[attr-defined]
+    assert output.shape[1] > 128
     assert cache.memory()["key_codes"] > 0
     assert cache.bits == 4.0
     assert "key_codes" in capsys.readouterr().out
@@ -86,7 +86,7 @@ def test_train_codebook_takes_sides_apart(reference: Path) -> None:
 def test_train_codebook_refuses(reference: Path, text: str, options: dict[str, int], message: str) -> None:
     model, tokenizer = million_cli.load_model("reference")
     with pytest.raises(UserError, match=message):
-        million_cli.train_codebook(model, tokenizer, text, **{"M": 16, "nbits": 2, **options})  # type: ignore[arg-type]
+        million_cli.train_codebook(model, tokenizer, text, **{"M": 16, "nbits": 2, **options})
 
 
 def test_every_name_is_there() -> None:

@@ -150,8 +150,7 @@ class PQCache(Cache):
     def memory(self) -> dict[str, int]:
         """Bytes of the tensors held, by use; see `CodeStore.memory`.
 
-        `dense` are the sliding-window layers; `total` is all but `codebooks`, which any number of caches
-        share.
+        `dense` are the sliding-window layers; `total` is all but `codebooks`.
         """
         parts = self.store.memory()
         dense = sum(
@@ -165,7 +164,7 @@ class PQCache(Cache):
     def _decide(self, device: torch.device, dtype: torch.dtype) -> None:
         """Choose store and compute for a device and dtype, and start with an empty store."""
         self._query = replace(self._query, device=device, dtype=dtype)
-        self._choice = choose(self._request, self._query, self._kernels.support)
+        self._decided = self._choice = choose(self._request, self._query, self._kernels.support)
         self._record(self._choice.fallbacks)
         self.store = self._make_store[self._choice.store]()
 
@@ -197,8 +196,8 @@ class PQCache(Cache):
         """Append `[B, Hkv, N, D]` to the full-attention layer `position` (counted among those).
 
         Raises:
-            UserError: the batch differs from that of earlier appends, or a strict run would have to fall
-            back.
+            UserError: the batch differs from that of earlier appends, the shape from the codebook's, or a
+                strict cache would have to fall back.
         """
         if self.store.batch is None:
             expected = (self._query.num_kv_heads, self._query.spec.keys.head_dim)
@@ -218,7 +217,8 @@ class PQCache(Cache):
         except RuntimeError as error:
             if not (isinstance(self.store, PagedStore) and _is_out_of_memory(error)):
                 raise
-            self._fall_back("contiguous", f"no memory for a pool of {self.store.max_pages} pages")
+            size = "that grows" if self.store.max_pages is None else f"of {self.store.max_pages} pages"
+            self._fall_back("contiguous", f"no memory for a pool {size}")
             self.store = self.store.to_contiguous()
             view = self.store.append(position, keys, values)
         return PQHandle(view, self._attend)
@@ -240,7 +240,10 @@ class PQCache(Cache):
 
     def reset(self) -> None:
         """Forget all tokens and free the memory; a paged cache that fell back starts with a pool again."""
-        self._decide(self._query.device, self._query.dtype)
+        if self._choice == self._decided:
+            self.store.reset()
+        else:
+            self._decide(self._query.device, self._query.dtype)
         for layer in self._dense_layers():
             reset_dense_layer(layer)
 
@@ -285,22 +288,20 @@ class DynamicPQCache(PQCache):
     """A KV cache of product codes in contiguous buffers that grow with the text, behind a residual window.
 
     Args:
-        model: the model to serve, whose attention implementation is set accordingly.  A configuration is
-        accepted
+        model: the model to serve, whose attention implementation is set accordingly.  A configuration will do
             too; then only shapes are checked, and the model must have had `use_pq_attention(model)`.
         codebook: trained for the model, or the path of one.
         window: page size and residual window; the default is 64 and 128 tokens.
         prefill: what several new tokens at once attend to: "exact" K and V of all tokens that were not coded
             before, or "quantized", exactly what they would have seen one by one.
         compute: "auto" takes a compiled kernel where there is one, "kernel" asks for it, "torch" is the
-        reference.
+            reference.
         strict: raise instead of falling back to anything that was not asked for.
         kernels: the compiled kernels of the installation.
 
     Raises:
         UserError: a codebook of another model, an unsupported architecture, an argument out of range, or a
-        fallback
-            of a strict cache.
+            fallback of a strict cache.
     """
 
     def __init__(

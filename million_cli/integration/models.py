@@ -36,7 +36,7 @@ def load_model(
 
     Args:
         name_or_path: a local folder, a name on the hub, or `reference`, the small model shipped with the
-        package.
+            package.
         dtype: one of `DTYPES`, or "auto" for the checkpoint's own.
         device: where the weights go, e.g. "cpu" or "cuda:0".
 
@@ -95,7 +95,7 @@ def full_attention_layers(config: PreTrainedConfig) -> tuple[int, ...]:
 
     Raises:
         UserError: an architecture without such layers, or with layers that keep something else than per-
-        head K and V.
+            head K and V.
     """
     text_config = config.get_text_config(decoder=True)
     name = text_config.model_type
@@ -131,7 +131,7 @@ def fingerprint(model: PreTrainedModel) -> ModelFingerprint:
 
     Raises:
         UserError: an unsupported architecture (see `full_attention_layers`), or weights that are not in
-        memory.
+            memory.
     """
     layers = full_attention_layers(model.config)
     attention = dict(_attention_modules(model))

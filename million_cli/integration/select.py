@@ -121,7 +121,7 @@ def choose(request: Request, query: KernelQuery, support: KernelSupport = no_ker
 
     Raises:
         UserError: `request.strict` and something else than the request would serve; the line names each
-        reason.
+            reason.
     """
     if request.compute == "torch" or (request.compute == "auto" and query.device.type == "cpu"):
         return Choice(request.store, "torch")

@@ -115,7 +115,7 @@ def test_codebook_by_path(tmp_path: Any) -> None:
 
 def test_bad_arguments() -> None:
     with pytest.raises(UserError, match="prefill='lossy'"):
-        DynamicPQCache(tiny_model(), codebook_for(), prefill="lossy")  # type: ignore[arg-type]
+        DynamicPQCache(tiny_model(), codebook_for(), prefill="lossy")
     with pytest.raises(UserError, match="page_size=0"):
         DynamicPQCache(tiny_model(), codebook_for(), WindowSpec(page_size=0))
     cache = DynamicPQCache(tiny_model(), codebook_for(), WINDOW)

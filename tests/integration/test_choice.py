@@ -101,7 +101,7 @@ def test_choice_is_served_explained_and_strict(
 @pytest.mark.parametrize("bad", [{"store": "ring"}, {"compute": "fast"}])
 def test_unknown_requests(bad: dict[str, str]) -> None:
     with pytest.raises(UserError, match="accepted are"):
-        Request(**bad)  # type: ignore[arg-type]
+        Request(**bad)
 
 
 # -- at run time ---------------------------------------------------------------------------------------------

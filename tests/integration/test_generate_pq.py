@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ both_caches = pytest.mark.parametrize("store", CACHES)
 
 
 def make_cache(store: str, architecture: str = "llama", **options: Any) -> PQCache:
-    return CACHES[store](tiny_model(architecture), codebook_for(architecture), WINDOW, **options)  # type: ignore[call-arg]
+    return CACHES[store](tiny_model(architecture), codebook_for(architecture), WINDOW, **options)
 
 
 def left_padded(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,17 +140,21 @@ def test_padding_of_whole_pages_changes_nothing(store: str) -> None:
     mask = (torch.arange(padded.shape[1]) >= pad).long()[None]
     plain, shifted = make_cache(store), make_cache(store)
     a = [forward(tiny_model(), plain, ids[:, :length])]
-    b = [_padded_forward(shifted, padded[:, : pad + length], mask[:, : pad + length], 0)[:, pad:]]
+    b = [
+        padded_forward(tiny_model(), shifted, padded[:, : pad + length], mask[:, : pad + length], 0)[:, pad:]
+    ]
     for t in range(length, 60):
         a.append(forward(tiny_model(), plain, ids[:, t : t + 1]))
-        b.append(_padded_forward(shifted, padded[:, : pad + t + 1], mask[:, : pad + t + 1], pad + t))
+        b.append(
+            padded_forward(tiny_model(), shifted, padded[:, : pad + t + 1], mask[:, : pad + t + 1], pad + t)
+        )
     torch.testing.assert_close(torch.cat(a, dim=1), torch.cat(b, dim=1), rtol=0, atol=1e-9)
 
 
 @torch.no_grad()
-def _padded_forward(cache: Any, ids: torch.Tensor, mask: torch.Tensor, start: int) -> torch.Tensor:
+def padded_forward(model: Any, cache: Any, ids: torch.Tensor, mask: torch.Tensor, start: int) -> torch.Tensor:
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    return tiny_model()(
+    return model(
         ids[:, start:],
         attention_mask=mask,
         position_ids=positions[:, start:],
@@ -251,3 +256,29 @@ def test_crop_by_the_length_to_keep() -> None:
         rtol=0,
         atol=1e-12,
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_both_stores_agree_bit_for_bit_in_every_dtype(architecture: str, dtype: torch.dtype) -> None:
+    model = copy.deepcopy(tiny_model(architecture)).to(dtype)
+    ids, mask = left_padded([70, 41])
+    caches = [cache_class(model, codebook_for(architecture), WINDOW) for cache_class in CACHES.values()]
+    for start, stop in ((0, 60), (60, 61), (61, 70)):
+        a, b = (padded_forward(model, cache, ids[:, :stop], mask[:, :stop], start)[1] for cache in caches)
+        assert torch.equal(a, b)
+        assert a.isfinite().all()
+
+
+@both_caches
+def test_copies_of_a_prefix_go_their_own_ways(store: str) -> None:
+    ids = random_ids(1, 90)
+    prefix = make_cache(store)
+    forward(tiny_model(), prefix, ids[:, :60])
+    branches = [copy.deepcopy(prefix) for _ in range(2)]
+    for branch, tail in zip(branches, (ids[:, 60:], ids[:, 60:].flip(1)), strict=True):
+        whole = make_cache(store)
+        forward(tiny_model(), whole, ids[:, :60])
+        expected = forward(tiny_model(), whole, tail)
+        torch.testing.assert_close(forward(tiny_model(), branch, tail), expected, rtol=0, atol=1e-12)
+    assert prefix.get_seq_length() == 60
