@@ -1,0 +1,630 @@
+// Decode attention over paged product-quantized keys and values, gathered straight into tensor-core fragments.
+//
+// One query token a sequence.  A block holds the centroid tables of one KV head in shared memory, row = code, and a
+// warp takes groups of 16 tokens:
+//   scores  A = keys.  A register of the operand is two adjacent dims of one token, which is (a word of) a centroid,
+//           so a lookup fills it.  Row r uses the subspaces in the order x ^ r (layout.cuh): lookups of a warp fall in
+//           32 banks.  Column n of B holds q in the order of row n, so the score of row r is at column r (mod 8) of C;
+//           the other products are the price of conflict-free lookups.  For several query heads, head h's columns
+//           are permuted by ^ 2h: then lane (g, t) finds the scores of tokens g, g + 8 for head t ^ (g >> 1).
+//   values  A = values, rows = dims or subspaces, k = tokens; columns of B hold the probabilities of one lane slot t
+//           each (the slots order their subspaces differently), and the slots are added once at the end.
+// Sums and softmax state are fp32, exponents base 2; probabilities are fp16 scaled by up to 2^15.
+#pragma once
+
+#include "layout.cuh"
+#include "schedule.cuh"
+
+namespace million {
+
+constexpr unsigned kFull = 0xffffffffu;
+constexpr float kHeadroom = 7.f;    // probabilities start at 2^7 below the first maximum ...
+constexpr float kMaxExponent = 15.f;  // ... and are rescaled when one would pass 2^15 (fp16 ends at 2^16)
+
+template <int D_, int MK_, int MV_, int HG_, int WARPS_, int STAGES_>
+struct PagedDecode {
+  static constexpr int D = D_, MK = MK_, MV = MV_, HG = HG_, WARPS = WARPS_, STAGES = STAGES_;
+  using K = KeyOrder<D, MK>;
+  using V = ValueOrder<D, MV>;
+  static constexpr int kThreads = WARPS * 32;
+  static constexpr int kRow = 256;  // bytes of a table row: byte 1 of an offset is the code
+  static constexpr int kValueTable = D == 128 ? kRow * kCentroids : 2 * D;  // D = 64: both tables share the rows
+  static constexpr int kTableBytes = D == 128 ? 2 * kRow * kCentroids : kRow * kCentroids;
+  static constexpr int kStageBytes = K::kGroupBytes + V::kGroupBytes;
+  static constexpr int kRingBytes = WARPS * STAGES * kStageBytes;
+  static constexpr int kRowsBytes = WARPS * HG * D * 4;  // the warps' sums, in place of the ring
+  static constexpr int kScratchBytes = kRingBytes > kRowsBytes ? kRingBytes : kRowsBytes;
+  static constexpr int kSharedBytes = kTableBytes + kScratchBytes + HG * D * 2 + 2 * WARPS * HG * 4 + 16;
+  static constexpr int kTiles = D / 16;                 // score instructions a head and group
+  static constexpr bool kPairs = HG > 1;                // value instructions serve two heads, tokens packed in pairs
+  static constexpr int kSums = kPairs ? HG / 2 * kTiles : D / 32;
+};
+
+// Lane constants: one byte a distinct offset inside a table row, three to a register, byte 3 is zero.
+template <int N>
+struct RowOffsets {
+  uint32_t words[(N + 2) / 3];
+  template <class F>
+  __device__ explicit RowOffsets(F offset) {
+#pragma unroll
+    for (int w = 0; w < (N + 2) / 3; ++w) {
+      words[w] = 0;
+#pragma unroll
+      for (int j = 0; j < 3; ++j)
+        if (3 * w + j < N) words[w] |= uint32_t(offset(3 * w + j)) << (8 * j);
+    }
+  }
+  // Row offset: byte 1 = the code at byte `which` of `codes`, byte 0 = constant i.
+  __device__ __forceinline__ uint32_t address(uint32_t codes, int which, int i) const {
+    return __byte_perm(codes, words[i / 3], 0x7700u | (which << 4) | (4 + i % 3));
+  }
+};
+
+template <class T>
+struct PagedDecodeBlock {
+  static constexpr int D = T::D, HG = T::HG;
+  using K = typename T::K;
+  using V = typename T::V;
+
+  const PagedDecodeParams& p;
+  uint8_t* tables;
+  uint8_t* scratch;
+  __half* q_shared;   // [HG][D] rotated queries
+  float* warp_max;    // [WARPS][HG]
+  float* warp_sum;    // [WARPS][HG]
+  int* flag;
+  int warp, lane, g, t;
+
+  __device__ PagedDecodeBlock(const PagedDecodeParams& params, uint8_t* shared) : p(params) {
+    tables = shared;
+    scratch = tables + T::kTableBytes;
+    q_shared = reinterpret_cast<__half*>(scratch + T::kScratchBytes);
+    warp_max = reinterpret_cast<float*>(q_shared + HG * D);
+    warp_sum = warp_max + T::WARPS * HG;
+    flag = reinterpret_cast<int*>(warp_sum + T::WARPS * HG);
+    warp = threadIdx.x / 32;
+    lane = threadIdx.x % 32;
+    g = lane >> 2;
+    t = lane & 3;
+  }
+
+  __device__ int valid_heads(int set) const { return min(HG, p.group - set * HG); }
+  __device__ int64_t q_row(int b, int h, int set) const { return int64_t(b) * p.kv_heads * p.group + h * p.group + set * HG; }
+
+  __device__ void copy_table(const __half* source, int offset) {
+    constexpr int kPieces = 2 * D / 16;  // 16-byte pieces of a row
+    const uint8_t* bytes = reinterpret_cast<const uint8_t*>(source);
+    for (int i = threadIdx.x; i < kCentroids * kPieces; i += T::kThreads)
+      cp_async<16>(tables + offset + (i / kPieces) * T::kRow + (i % kPieces) * 16, bytes + i * 16);
+  }
+
+  __device__ void load_tables(int h) {
+    const int64_t size = int64_t(kCentroids) * D;
+    copy_table(p.key_table + (p.key_table_heads > 1 ? h : 0) * size, 0);
+    copy_table(p.value_table + (p.value_table_heads > 1 ? h : 0) * size, T::kValueTable);
+  }
+
+  // q [HG, D] -> q_shared, rotated if the keys are.  Heads past the group are zero.
+  __device__ void load_queries(int b, int h, int set) {
+    const int heads = valid_heads(set);
+    const int64_t row = q_row(b, h, set);
+    if (p.key_rotation == nullptr) {
+      for (int i = threadIdx.x; i < HG * D; i += T::kThreads)
+        q_shared[i] = i / D < heads ? __float2half_rn(load_element(p.q, row * D + i, p.dtype)) : __half(0.f);
+      return;
+    }
+    constexpr int kSlices = T::kThreads / D;
+    float* raw = reinterpret_cast<float*>(scratch);  // [HG][D], then [slices][HG][D]
+    float* part = raw + HG * D;
+    static_assert((1 + kSlices) * HG * D * 4 <= T::kScratchBytes, "rotation scratch");
+    for (int i = threadIdx.x; i < HG * D; i += T::kThreads)
+      raw[i] = i / D < heads ? load_element(p.q, row * D + i, p.dtype) : 0.f;
+    __syncthreads();
+    const float* rotation = p.key_rotation + (p.key_rotation_heads > 1 ? h : 0) * int64_t(D) * D;
+    const int d = threadIdx.x % D, slice = threadIdx.x / D;
+    if (slice < kSlices) {
+      float sums[HG] = {};
+#pragma unroll 8
+      for (int e = slice; e < D; e += kSlices) {
+        const float r = __ldg(rotation + e * D + d);
+#pragma unroll
+        for (int hg = 0; hg < HG; ++hg) sums[hg] += raw[hg * D + e] * r;
+      }
+#pragma unroll
+      for (int hg = 0; hg < HG; ++hg) part[(slice * HG + hg) * D + d] = sums[hg];
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < HG * D; i += T::kThreads) {
+      float sum = 0.f;
+      for (int s = 0; s < kSlices; ++s) sum += part[s * HG * D + i];
+      q_shared[i] = __float2half_rn(sum);
+    }
+  }
+
+  // Rows of the warps (sums in `scratch`, maxima, denominators) -> one partial result.  All threads call it.
+  __device__ void combine(float* partial) {
+    __syncthreads();
+    const float* rows = reinterpret_cast<const float*>(scratch);
+    for (int i = threadIdx.x; i < HG * D; i += T::kThreads) {
+      const int hg = i / D;
+      float top = warp_max[hg];
+      for (int w = 1; w < T::WARPS; ++w) top = fmaxf(top, warp_max[w * HG + hg]);
+      float sum = 0.f, denominator = 0.f;
+#pragma unroll 4
+      for (int w = 0; w < T::WARPS; ++w) {
+        const float factor = exp2_approx(warp_max[w * HG + hg] - top);
+        sum += factor * rows[w * HG * D + i];
+        denominator += factor * warp_sum[w * HG + hg];
+      }
+      partial[i] = sum;
+      if (i % D == 0) {
+        partial[HG * D + 2 * hg] = top;
+        partial[HG * D + 2 * hg + 1] = denominator;
+      }
+    }
+    __syncthreads();
+  }
+
+  // Exact attention over the window: tokens max(coded, first_valid) .. length - 1, dealt to the warps.
+  __device__ void window(const Sequence& s, int b, int h, int set, float* partial) {
+    constexpr int kDims = D / 32;  // dims a lane
+    const int heads = valid_heads(set);
+    const int64_t row = q_row(b, h, set);
+    const float log_scale = p.scale * kLog2e;
+    float q[HG][kDims], sums[HG][kDims], top[HG], denominator[HG];
+#pragma unroll
+    for (int hg = 0; hg < HG; ++hg) {
+      top[hg] = -1e30f;
+      denominator[hg] = 0.f;
+#pragma unroll
+      for (int j = 0; j < kDims; ++j) {
+        q[hg][j] = hg < heads ? load_element(p.q, (row + hg) * D + lane * kDims + j, p.dtype) * log_scale : 0.f;
+        sums[hg][j] = 0.f;
+      }
+    }
+    const int64_t base = (int64_t(b) * p.kv_heads + h) * p.residual;
+    for (int position = max(s.coded, s.first_valid) + warp; position < s.length; position += T::WARPS) {
+      const int64_t offset = (base + position % p.residual) * D + lane * kDims;
+      float k[kDims], v[kDims];
+#pragma unroll
+      for (int j = 0; j < kDims; j += 2) {
+        const float2 pair_k = unpack2(__ldg(reinterpret_cast<const uint32_t*>(p.key_window) + (offset + j) / 2), p.dtype);
+        const float2 pair_v = unpack2(__ldg(reinterpret_cast<const uint32_t*>(p.value_window) + (offset + j) / 2), p.dtype);
+        k[j] = pair_k.x, k[j + 1] = pair_k.y, v[j] = pair_v.x, v[j + 1] = pair_v.y;
+      }
+      float score[HG];
+#pragma unroll
+      for (int hg = 0; hg < HG; ++hg) {
+        score[hg] = 0.f;
+#pragma unroll
+        for (int j = 0; j < kDims; ++j) score[hg] += q[hg][j] * k[j];
+      }
+#pragma unroll
+      for (int step = 16; step; step >>= 1)
+#pragma unroll
+        for (int hg = 0; hg < HG; ++hg) score[hg] += __shfl_xor_sync(kFull, score[hg], step);
+#pragma unroll
+      for (int hg = 0; hg < HG; ++hg) {
+        const float next = fmaxf(top[hg], score[hg]);
+        const float factor = exp2_approx(top[hg] - next), weight = exp2_approx(score[hg] - next);
+        top[hg] = next;
+        denominator[hg] = denominator[hg] * factor + weight;
+#pragma unroll
+        for (int j = 0; j < kDims; ++j) sums[hg][j] = sums[hg][j] * factor + weight * v[j];
+      }
+    }
+    float* rows = reinterpret_cast<float*>(scratch);
+#pragma unroll
+    for (int hg = 0; hg < HG; ++hg) {
+#pragma unroll
+      for (int j = 0; j < kDims; ++j) rows[(warp * HG + hg) * D + lane * kDims + j] = sums[hg][j];
+      if (lane == 0) {
+        warp_max[warp * HG + hg] = top[hg];
+        warp_sum[warp * HG + hg] = denominator[hg];
+      }
+    }
+    combine(partial);
+  }
+
+  // Coded groups first .. last - 1 of KV head h, dealt to the warps; tables and q_shared must be on their way.
+  __device__ void codes(const Sequence& s, int b, int h, int first, int last, float* partial) {
+    uint8_t* ring = scratch + warp * (T::STAGES * T::kStageBytes);
+    const int groups_per_page = p.page_size / kGroupTokens;
+    const int step_pages = T::WARPS / groups_per_page, step_groups = T::WARPS % groups_per_page;
+    const int* table = p.block_table + int64_t(b) * p.table_width;
+    int left = last - first - warp;
+    left = left > 0 ? (left + T::WARPS - 1) / T::WARPS : 0;  // groups this warp still has to ask for
+    const int rounds = left;
+    int page_slot = (first + warp) / groups_per_page, in_page = (first + warp) % groups_per_page;
+    int page = left > 0 ? __ldg(table + page_slot) : 0;
+    int write = 0;
+
+    auto ask = [&] {
+      if (left > 0) {
+        const int64_t group = (int64_t(page) * p.kv_heads + h) * groups_per_page + in_page;
+        const uint8_t* keys = p.key_pool + group * K::kGroupBytes + lane * K::kChunk;
+        const uint8_t* values = p.value_pool + group * V::kGroupBytes + lane * V::kChunk;
+        uint8_t* stage = ring + write;
+#pragma unroll
+        for (int c = 0; c < K::kChunks; ++c)
+          cp_async<K::kChunk>(stage + (c * 32 + lane) * K::kChunk, keys + c * 32 * K::kChunk);
+#pragma unroll
+        for (int c = 0; c < V::kChunks; ++c)
+          cp_async<V::kChunk>(stage + K::kGroupBytes + (c * 32 + lane) * V::kChunk, values + c * 32 * V::kChunk);
+        --left;
+        page_slot += step_pages;
+        in_page += step_groups;
+        if (in_page >= groups_per_page) {
+          in_page -= groups_per_page;
+          ++page_slot;
+        }
+        if (left > 0) page = __ldg(table + page_slot);
+      }
+      cp_async_commit();
+      write += T::kStageBytes;
+      if (write == T::STAGES * T::kStageBytes) write = 0;
+    };
+#pragma unroll
+    for (int i = 0; i < T::STAGES - 1; ++i) ask();
+    cp_async_wait<T::STAGES - 1>();  // the tables, asked for before
+    __syncthreads();
+
+    // Queries in fragment order: register j of head hg serves score instruction j / 2.
+    uint32_t query[HG][2 * T::kTiles];
+    const uint32_t* q_words = reinterpret_cast<const uint32_t*>(q_shared);
+#pragma unroll
+    for (int hg = 0; hg < HG; ++hg)
+#pragma unroll
+      for (int i = 0; i < T::kTiles; ++i)
+#pragma unroll
+        for (int high = 0; high < 2; ++high) {
+          const int word = K::kDsub == 2 ? K::subspace(i + high * T::kTiles, g ^ (2 * hg), t)
+                                         : 2 * K::subspace(i, g ^ (2 * hg), t) + high;
+          query[hg][2 * i + high] = q_words[hg * D / 2 + word];
+        }
+
+    constexpr int kKeyOffsets = K::kDsub == 2 ? 8 : 4;
+    constexpr int kValueOffsets = V::kMask + 1;
+    const RowOffsets<kKeyOffsets> key_offsets(
+        [&](int x) { return K::kEntryBytes * K::subspace(x, g, t); });
+    const RowOffsets<kValueOffsets> value_offsets([&](int x) { return V::kEntryBytes * V::subspace(x, g, t); });
+
+    float sums[T::kSums][4];
+#pragma unroll
+    for (int i = 0; i < T::kSums; ++i) sums[i][0] = sums[i][1] = sums[i][2] = sums[i][3] = 0.f;
+    const int my_head = t ^ (g >> 1);  // the head whose scores this lane finds, if below HG
+    float offset = -1e30f;             // log2 of the unit of probabilities of my_head
+    float denominator = 0.f;
+    const float log_scale = p.scale * kLog2e;
+    // Lanes that hold the probabilities needed as operand B (pairs): head 2 * pair + (g >> 2), tokens 2t, 2t + 1.
+    const int source = 8 * t + ((g >> 2) ^ t);
+    const bool column = (g & 3) == t;
+
+    int read = 0;
+    for (int round = 0; round < rounds; ++round) {
+      cp_async_wait<T::STAGES - 2>();
+      uint32_t key_codes[K::kLaneBytes / 4], value_codes[V::kLaneBytes / 4];
+      const uint8_t* stage = ring + read;
+      load_codes<K>(key_codes, stage);
+      load_codes<V>(value_codes, stage + K::kGroupBytes);
+      read += T::kStageBytes;
+      if (read == T::STAGES * T::kStageBytes) read = 0;
+      ask();
+
+      // Scores.
+      float scores[HG][4];
+#pragma unroll
+      for (int hg = 0; hg < HG; ++hg) scores[hg][0] = scores[hg][1] = scores[hg][2] = scores[hg][3] = 0.f;
+#pragma unroll
+      for (int i = 0; i < T::kTiles; ++i) {
+        uint32_t a[4];
+        if constexpr (K::kDsub == 2) {
+#pragma unroll
+          for (int r = 0; r < 4; ++r) {
+            const int x = i + (r >> 1) * T::kTiles;
+            a[r] = word(key_offsets.address(key_codes[i], r, x & 7) + (x >> 3) * 128);
+          }
+        } else {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const uint2 entry =
+                pair(key_offsets.address(key_codes[i / 2], 2 * (i & 1) + half, i & 3) + (i >> 2) * 128);
+            a[half] = entry.x, a[half + 2] = entry.y;
+          }
+        }
+#pragma unroll
+        for (int hg = 0; hg < HG; ++hg)
+          mma(scores[hg], a[0], a[1], a[2], a[3], query[hg][2 * i], query[hg][2 * i + 1]);
+      }
+
+      // The two scores of this lane: tokens g and g + 8.
+      float s0 = -INFINITY, s1 = -INFINITY;
+#pragma unroll
+      for (int hg = 0; hg < HG; ++hg) {
+        const float even = g & 1 ? scores[hg][1] : scores[hg][0], odd = g & 1 ? scores[hg][3] : scores[hg][2];
+        s0 = my_head == hg ? even : s0;
+        s1 = my_head == hg ? odd : s1;
+      }
+      if (round == 0) {  // only the first group of a sequence can hold padding, and it is some warp's first
+        const int token = (first + warp) * kGroupTokens + g;
+        if (token < s.first_valid) s0 = -INFINITY;
+        if (token + 8 < s.first_valid) s1 = -INFINITY;
+      }
+      float e0 = fmaf(s0, log_scale, -offset), e1 = fmaf(s1, log_scale, -offset);
+      if (__any_sync(kFull, fmaxf(e0, e1) > kMaxExponent)) {
+        float top = fmaxf(s0, s1) * log_scale;
+        top = fmaxf(top, __shfl_xor_sync(kFull, top, 4));  // lanes of one head differ by these masks
+        top = fmaxf(top, __shfl_xor_sync(kFull, top, 9));
+        top = fmaxf(top, __shfl_xor_sync(kFull, top, 18));
+        const float next = fmaxf(offset, top - kHeadroom);
+        const float factor = exp2_approx(offset - next);
+        offset = next;
+        denominator *= factor;
+#pragma unroll
+        for (int i = 0; i < T::kSums; ++i) {
+          const int pair_index = i / T::kTiles;
+          const float f = __shfl_sync(kFull, factor, T::kPairs ? 2 * pair_index + (t >> 1) : 0);
+          sums[i][0] *= f, sums[i][1] *= f, sums[i][2] *= f, sums[i][3] *= f;
+        }
+        e0 = fmaf(s0, log_scale, -offset), e1 = fmaf(s1, log_scale, -offset);
+      }
+      const float p0 = exp2_approx(e0), p1 = exp2_approx(e1);
+      denominator += p0 + p1;
+      const __half2 packed = __floats2half2_rn(p0, p1);
+      const uint32_t mine = *reinterpret_cast<const uint32_t*>(&packed);
+
+      // Values.
+      if constexpr (T::kPairs) {
+        uint32_t b[HG / 2][2];
+#pragma unroll
+        for (int pair_index = 0; pair_index < HG / 2; ++pair_index) {
+          const uint32_t even = __shfl_sync(kFull, mine, source ^ (2 * pair_index));
+          const uint32_t odd = __shfl_sync(kFull, mine, (source ^ (2 * pair_index)) + 4);
+          b[pair_index][0] = column ? __byte_perm(even, odd, 0x5410) : 0;
+          b[pair_index][1] = column ? __byte_perm(even, odd, 0x7632) : 0;
+        }
+#pragma unroll
+        for (int x = 0; x < V::kUnits; ++x) {
+          uint32_t low[4], high[4];
+          lookup_values(low, high, value_codes[x], value_offsets, x);
+#pragma unroll
+          for (int w = 0; w < V::kDsub / 2; ++w) {
+            const uint32_t* e = w ? high : low;
+            const uint32_t a0 = __byte_perm(e[0], e[1], 0x5410), a1 = __byte_perm(e[0], e[1], 0x7632);
+            const uint32_t a2 = __byte_perm(e[2], e[3], 0x5410), a3 = __byte_perm(e[2], e[3], 0x7632);
+#pragma unroll
+            for (int pair_index = 0; pair_index < HG / 2; ++pair_index)
+              mma(sums[pair_index * T::kTiles + x * (V::kDsub / 2) + w], a0, a1, a2, a3, b[pair_index][0],
+                  b[pair_index][1]);
+          }
+        }
+      } else {
+        // k = (token, dim of the word): an entry is used as it comes; column n = (slot n >> 1, dim n & 1).
+        const uint32_t other = __shfl_xor_sync(kFull, mine, 4);
+        const uint32_t even = g & 1 ? other : mine, odd = g & 1 ? mine : other;
+        const uint32_t take_low = g & 1 ? 0x1099 : 0x9910, take_high = g & 1 ? 0x32BB : 0xBB32;
+        const uint32_t b00 = __byte_perm(even, 0, take_low), b01 = __byte_perm(odd, 0, take_low);
+        const uint32_t b10 = __byte_perm(even, 0, take_high), b11 = __byte_perm(odd, 0, take_high);
+        constexpr int kUnitsPerTile = V::kDsub == 2 ? 2 : 1;
+#pragma unroll
+        for (int tile = 0; tile < T::kSums; ++tile) {
+          uint32_t low[4], high[4], rest[4];
+          lookup_values(low, high, value_codes[tile * kUnitsPerTile], value_offsets, tile * kUnitsPerTile);
+          if constexpr (V::kDsub == 2)
+            lookup_values(high, rest, value_codes[tile * 2 + 1], value_offsets, tile * 2 + 1);
+          mma(sums[tile], low[0], high[0], low[1], high[1], b00, b01);
+          mma(sums[tile], low[2], high[2], low[3], high[3], b10, b11);
+        }
+      }
+    }
+    cp_async_wait<0>();
+    __syncthreads();  // every warp is done with the ring
+    store_rows(sums, offset, denominator, my_head);
+    combine(partial);
+  }
+
+  template <class Order>
+  __device__ __forceinline__ void load_codes(uint32_t (&codes)[Order::kLaneBytes / 4], const uint8_t* stage) const {
+    if constexpr (Order::kChunk == 16) {
+#pragma unroll
+      for (int c = 0; c < Order::kChunks; ++c) {
+        const uint4 piece = *reinterpret_cast<const uint4*>(stage + (c * 32 + lane) * 16);
+        codes[4 * c] = piece.x, codes[4 * c + 1] = piece.y, codes[4 * c + 2] = piece.z, codes[4 * c + 3] = piece.w;
+      }
+    } else {
+      const uint2 piece = *reinterpret_cast<const uint2*>(stage + lane * 8);
+      codes[0] = piece.x, codes[1] = piece.y;
+    }
+  }
+
+  __device__ __forceinline__ uint32_t word(uint32_t address) const {
+    return *reinterpret_cast<const uint32_t*>(tables + address);
+  }
+  __device__ __forceinline__ uint2 pair(uint32_t address) const {
+    return *reinterpret_cast<const uint2*>(tables + address);
+  }
+
+  // Entries of unit x for the lane's four tokens: `low` dims 0 and 1, `high` dims 2 and 3 (dsub 4 only).
+  __device__ __forceinline__ void lookup_values(uint32_t (&low)[4], uint32_t (&high)[4], uint32_t codes,
+                                                const RowOffsets<V::kMask + 1>& offsets, int x) const {
+#pragma unroll
+    for (int a = 0; a < 4; ++a) {
+      const uint32_t address = offsets.address(codes, a, x & V::kMask) + T::kValueTable + (x / (V::kMask + 1)) * 128;
+      if constexpr (V::kDsub == 2) {
+        low[a] = word(address);
+      } else {
+        const uint2 entry = pair(address);
+        low[a] = entry.x, high[a] = entry.y;
+      }
+    }
+  }
+
+  // Adds the slots and writes this warp's row of sums; unit y of slot t is held as unit y ^ t.
+  __device__ void store_rows(const float (&sums)[T::kSums][4], float offset, float denominator, int my_head) {
+    float* row = reinterpret_cast<float*>(scratch) + warp * HG * D;
+    constexpr int kMask = V::kMask, kWords = V::kDsub / 2;
+    denominator += __shfl_xor_sync(kFull, denominator, 4);
+    denominator += __shfl_xor_sync(kFull, denominator, 9);
+    denominator += __shfl_xor_sync(kFull, denominator, 18);
+    if (g == 0 && my_head < HG) {
+      warp_max[warp * HG + my_head] = offset;
+      warp_sum[warp * HG + my_head] = denominator;
+    }
+    if constexpr (T::kPairs) {
+#pragma unroll
+      for (int pair_index = 0; pair_index < HG / 2; ++pair_index)
+#pragma unroll
+        for (int w = 0; w < kWords; ++w)
+#pragma unroll
+          for (int dim = 0; dim < 2; ++dim) {
+            float slot[V::kUnits];
+#pragma unroll
+            for (int z = 0; z < V::kUnits; ++z)
+              slot[z] = sums[pair_index * T::kTiles + z * kWords + w][2 * dim] +
+                        sums[pair_index * T::kTiles + (z ^ (1 & kMask)) * kWords + w][2 * dim + 1];
+#pragma unroll
+            for (int z = 0; z < V::kUnits; ++z) {
+              if (z & 2 & kMask) continue;
+              const float total = slot[z] + __shfl_xor_sync(kFull, slot[z ^ (2 & kMask)], 1);
+              // Lane t has slots 2 * (t & 1) and the next one of head 2 * pair + (t >> 1).
+              const int y = z ^ (2 * (t & 1) & kMask);
+              const int hg = 2 * pair_index + (t >> 1);
+              if (kMask == 3 || !(t & 1)) row[hg * D + V::kDsub * V::subspace(y, g, 0) + 2 * w + dim] = total;
+            }
+          }
+    } else {
+#pragma unroll
+      for (int w = 0; w < kWords; ++w)
+#pragma unroll
+        for (int dim = 0; dim < 2; ++dim) {
+          auto sum = [&](int z) { return V::kDsub == 2 ? sums[z / 2][2 * (z & 1) + dim] : sums[z][2 * w + dim]; };
+          float once[V::kUnits];
+#pragma unroll
+          for (int z = 0; z < V::kUnits; ++z) once[z] = sum(z) + __shfl_xor_sync(kFull, sum(z ^ (1 & kMask)), 1);
+#pragma unroll
+          for (int z = 0; z < V::kUnits; z += kMask + 1) {
+            const float total = once[z] + __shfl_xor_sync(kFull, once[z ^ (2 & kMask)], 2);
+            const int y = z ^ (t & kMask);
+            row[V::kDsub * V::subspace(y, g, 0) + 2 * w + dim] = total;
+          }
+        }
+    }
+  }
+
+  // Partial results of a set -> out, by the last block to arrive.  Slots first .. first + count - 1, and the window.
+  __device__ void reduce(int b, int h, int set, const float* slots, int count, const float* window_partial) {
+    constexpr int kStride = HG * (D + 2);
+    float* weights = reinterpret_cast<float*>(scratch);  // [HG][count + 1]
+    float* sums = weights + HG * (count + 1);             // [HG][D] of the codes, to be rotated back
+    for (int hg = warp; hg < HG; hg += T::WARPS) {
+      float top = __ldcg(window_partial + HG * D + 2 * hg);
+      for (int i = lane; i < count; i += 32) top = fmaxf(top, __ldcg(slots + i * int64_t(kStride) + HG * D + 2 * hg));
+#pragma unroll
+      for (int step = 16; step; step >>= 1) top = fmaxf(top, __shfl_xor_sync(kFull, top, step));
+      float denominator = 0.f;
+      for (int i = lane; i <= count; i += 32) {
+        const float* ml = (i < count ? slots + i * int64_t(kStride) : window_partial) + HG * D + 2 * hg;
+        const float weight = exp2_approx(__ldcg(ml) - top);
+        weights[hg * (count + 1) + i] = weight;
+        denominator += weight * __ldcg(ml + 1);
+      }
+#pragma unroll
+      for (int step = 16; step; step >>= 1) denominator += __shfl_xor_sync(kFull, denominator, step);
+      const float inverse = denominator > 0.f ? 1.f / denominator : 0.f;
+      __syncwarp();
+      for (int i = lane; i <= count; i += 32) weights[hg * (count + 1) + i] *= inverse;
+    }
+    __syncthreads();
+    const int64_t row = q_row(b, h, set);
+    const int outputs = valid_heads(set) * D;
+    for (int i = threadIdx.x; i < outputs; i += T::kThreads) {
+      const float* w = weights + i / D * (count + 1);
+      float sum = 0.f;
+#pragma unroll 8
+      for (int j = 0; j < count; ++j) sum += w[j] * __ldcg(slots + j * int64_t(kStride) + i);
+      if (p.value_rotation == nullptr) {
+        store_element(p.out, row * D + i, sum + w[count] * __ldcg(window_partial + i), p.dtype);
+      } else {
+        sums[i] = sum;
+      }
+    }
+    if (p.value_rotation == nullptr) return;
+    __syncthreads();
+    const float* rotation = p.value_rotation + (p.value_rotation_heads > 1 ? h : 0) * int64_t(D) * D;
+    for (int d = warp; d < D; d += T::WARPS) {  // o[d] = sum over e of o_rot[e] * R[d, e]
+      float r[D / 32];
+#pragma unroll
+      for (int j = 0; j < D / 32; ++j) r[j] = __ldg(rotation + d * D + 32 * j + lane);
+      for (int i = d; i < outputs; i += D) {
+        float sum = 0.f;
+#pragma unroll
+        for (int j = 0; j < D / 32; ++j) sum += r[j] * sums[i / D * D + 32 * j + lane];
+#pragma unroll
+        for (int step = 16; step; step >>= 1) sum += __shfl_xor_sync(kFull, sum, step);
+        if (lane == 0)
+          store_element(p.out, row * D + i, sum + weights[i / D * (count + 1) + count] * __ldcg(window_partial + i),
+                        p.dtype);
+      }
+    }
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(T::kThreads, 1) paged_decode_kernel(const __grid_constant__ PagedDecodeParams p) {
+  extern __shared__ __align__(128) uint8_t shared[];
+  PagedDecodeBlock<T> block(p, shared);
+  const Schedule schedule(p, gridDim.x);
+  if (int(blockIdx.x) >= schedule.blocks) return;
+  int64_t unit = schedule.begin(blockIdx.x);
+  const int64_t end = schedule.begin(blockIdx.x + 1);
+  const int sets = p.kv_heads * p.head_sets;
+  const int64_t stride = partial_floats(T::D, T::HG);
+  float* window_partials = p.partials + (int64_t(gridDim.x) + int64_t(p.batch) * sets) * stride;
+
+  int64_t base = 0;  // first unit of sequence b
+  int loaded = -1;
+  for (int b = 0; b < p.batch && unit < end; ++b) {
+    const Sequence s = sequence(p, b);
+    const int units = s.groups + kWindowUnits;
+    const int64_t next = base + int64_t(units) * sets;
+    while (unit < end && unit < next) {
+      const int set = int((unit - base) / units);
+      const int64_t set_begin = base + int64_t(set) * units, set_end = set_begin + units;
+      const int64_t stop = end < set_end ? end : set_end;
+      const int h = set / p.head_sets, sub = set % p.head_sets;
+      const int first = int(unit - set_begin), last = min(int(stop - set_begin), s.groups);
+      const int id = b * sets + set;
+      float* partial = p.partials + (int64_t(blockIdx.x) + id) * stride;
+
+      __syncthreads();  // the tables and the scratch of the previous set are free
+      const bool has_codes = first < last;
+      const bool needs_tables = has_codes && loaded != h &&
+                                (loaded < 0 || p.key_table_heads > 1 || p.value_table_heads > 1);
+      if (needs_tables) block.load_tables(h);
+      cp_async_commit();
+      if (has_codes) loaded = h;
+      if (stop == set_end) block.window(s, b, h, sub, window_partials + id * stride);
+      block.load_queries(b, h, sub);
+      __syncthreads();
+      block.codes(s, b, h, s.first_group + first, s.first_group + max(first, last), partial);
+
+      const int from = schedule.owner(set_begin), count = schedule.owner(set_end - 1) - from + 1;
+      __threadfence();
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        const int arrived = atomicAdd(p.counters + id, 1);
+        *block.flag = arrived == count - 1;
+        if (arrived == count - 1) p.counters[id] = 0;
+      }
+      __syncthreads();
+      if (*block.flag) {
+        __threadfence();
+        block.reduce(b, h, sub, p.partials + (int64_t(from) + id) * stride, count, window_partials + id * stride);
+      }
+      unit = stop;
+    }
+    base = next;
+  }
+}
+
+}  // namespace million

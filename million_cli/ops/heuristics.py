@@ -1,0 +1,41 @@
+"""Launch choices as pure functions, so that a test can say what is launched for a shape."""
+
+from __future__ import annotations
+
+MIN_FILL = 0.9
+"""Share of the multiprocessors that must stay busy for spans to be aligned with heads."""
+
+
+def heads_per_block(group: int) -> int:
+    """Query heads that share a block's lookups: 1 without GQA, else 4 (a larger group takes several blocks)."""
+    assert group >= 1
+    return 1 if group == 1 else 4
+
+
+def head_sets(group: int) -> int:
+    """Blocks' worth of query heads of one KV head.  Example: G=8 -> 2, G=6 -> 2, G=1 -> 1."""
+    return -(-group // heads_per_block(group))
+
+
+def decode_blocks(sets: int, multiprocessors: int) -> int:
+    """Blocks of a decode launch, one a multiprocessor at most, for `sets` = B * Hkv * head_sets.
+
+    A block loads one head's tables; where its span crosses into another head it loads again.  So blocks are a
+    multiple or a divisor of the sets if that leaves at most a tenth of the multiprocessors idle.
+
+    Example: 32 sets on 132 multiprocessors -> 128 (four blocks a set); 3 sets -> 132; 256 -> 128 (two sets each).
+    """
+    assert sets >= 1
+    assert multiprocessors >= 1
+    aligned = [n for n in range(multiprocessors, 0, -1) if n % sets == 0 or sets % n == 0]
+    best = aligned[0] if aligned else 0
+    return best if best >= MIN_FILL * multiprocessors else multiprocessors
+
+
+def workspace_bytes(sets: int, heads: int, head_dim: int, blocks: int) -> int:
+    """Bytes that a decode launch needs: counters, the partial results of blocks and of windows.
+
+    Must agree with the check in kernels/binding.cu.
+    """
+    counters = -(-sets * 4 // 256) * 256
+    return counters + (blocks + 2 * sets) * heads * (head_dim + 2) * 4
