@@ -83,7 +83,9 @@ def compiler() -> tuple[str, str]:
     """
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     candidates = [str(Path(home) / "bin" / "nvcc")] if home else []
-    candidates += [found for found in (shutil.which("nvcc"), shutil.which("nvcc", path="/usr/local/cuda/bin")) if found]
+    candidates += [
+        found for found in (shutil.which("nvcc"), shutil.which("nvcc", path="/usr/local/cuda/bin")) if found
+    ]
     for path in candidates:
         if not os.access(path, os.X_OK):
             continue
@@ -101,13 +103,17 @@ def device_architectures() -> tuple[int, ...]:
     """
     if not torch.cuda.is_available():
         raise KernelsUnavailable(
-            "torch sees no CUDA device" if torch.backends.cuda.is_built() else "this torch is built without CUDA"
+            "torch sees no CUDA device"
+            if torch.backends.cuda.is_built()
+            else "this torch is built without CUDA"
         )
     pairs = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
     found = tuple(sorted(10 * major + minor for major, minor in pairs))
     for arch in found:
         if arch not in SHARED_KIB:
-            raise KernelsUnavailable(f"no kernels for compute capability {arch}; there are for {list(ARCHITECTURES)}")
+            raise KernelsUnavailable(
+                f"no kernels for compute capability {arch}; there are for {list(ARCHITECTURES)}"
+            )
     return found
 
 
@@ -160,11 +166,16 @@ class Target:
 
 def cache_folder() -> Path:
     """Where libraries are kept: $MILLION_CACHE/kernels, or ~/.cache/million/kernels."""
-    root = os.environ.get("MILLION_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "million"
+    root = (
+        os.environ.get("MILLION_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "million"
+    )
     return Path(root) / "kernels"
 
 
-def build(architectures: Iterable[int] | None = None, show_progress: bool = True, force: bool = False) -> list[Path]:
+def build(
+    architectures: Iterable[int] | None = None, show_progress: bool = True, force: bool = False
+) -> list[Path]:
     """Compile one library for each architecture (default: one library for the GPUs of this machine).
 
     Libraries already in the cache are left as they are unless `force`.
@@ -172,7 +183,9 @@ def build(architectures: Iterable[int] | None = None, show_progress: bool = True
     Raises:
         KernelsUnavailable: no nvcc, no GPU where none was named, or a compile that failed (its output is shown).
     """
-    targets = [Target(device_architectures())] if architectures is None else [Target((a,)) for a in architectures]
+    targets = (
+        [Target(device_architectures())] if architectures is None else [Target((a,)) for a in architectures]
+    )
     return [_build(target, show_progress, force) for target in targets]
 
 
@@ -185,7 +198,9 @@ def _build(target: Target, show_progress: bool, force: bool) -> Path:
             objects = _compile(target, Path(scratch), show_progress)
             library = Path(scratch) / _LIBRARY
             libraries = Path(torch.__file__).parent / "lib"
-            needed = [f"-l{name}" for name in ("torch", "torch_cpu", "torch_cuda", "c10") if _has(libraries, name)]
+            needed = [
+                f"-l{name}" for name in ("torch", "torch_cpu", "torch_cuda", "c10") if _has(libraries, name)
+            ]
             # The dependency on libtorch is recorded, so that the library loads in any order.
             _run([compiler()[0], "-shared", "-o", str(library), *map(str, objects), f"-L{libraries}"]
                  + ["-Xlinker=--no-as-needed", *needed])  # fmt: skip
@@ -211,7 +226,9 @@ def _compile(target: Target, scratch: Path, show_progress: bool) -> list[Path]:
     folder = source_folder()
     include = Path(torch.__file__).parent / "include"
     # The decode instances take longest, so they start first.
-    sources = sorted((p for p in source_files() if p.suffix == ".cu"), key=lambda p: (p.parent == folder, p.name))
+    sources = sorted(
+        (p for p in source_files() if p.suffix == ".cu"), key=lambda p: (p.parent == folder, p.name)
+    )
     objects = [scratch / f"{p.stem}.o" for p in sources]
     name = ",".join(f"sm_{a}" for a in target.architectures)
 
@@ -275,14 +292,20 @@ def status() -> Status:
     try:
         if target.intact:
             return Status(nvcc, devices, str(target.library), True)
-        return Status(nvcc, devices, "not built yet: compiled at first use, or by `million kernels build`", False)
+        return Status(
+            nvcc, devices, "not built yet: compiled at first use, or by `million kernels build`", False
+        )
     except KernelsUnavailable as error:
         return Status(nvcc, devices, f"none: {error}", False)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m million_cli.ops.build", description="Compile the CUDA kernels.")
-    parser.add_argument("--arch", default="90", help=f"comma-separated, of {', '.join(map(str, ARCHITECTURES))}")
+    parser = argparse.ArgumentParser(
+        prog="python -m million_cli.ops.build", description="Compile the CUDA kernels."
+    )
+    parser.add_argument(
+        "--arch", default="90", help=f"comma-separated, of {', '.join(map(str, ARCHITECTURES))}"
+    )
     parser.add_argument("--check", action="store_true", help="compile only, keep nothing")
     options = parser.parse_args(arguments)
     try:

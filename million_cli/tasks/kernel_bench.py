@@ -1,0 +1,224 @@
+"""`million bench kernel`: decode attention over codes beside torch's dense attention, in one run, as rows.
+
+Each case is captured once in a CUDA graph that goes through several distinct buffers, more than the L2 holds, so
+that every launch reads device memory.  A replay is timed with events; the figures are per launch.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from million_cli.ops import compiled
+from million_cli.ops.fragment import FragmentLayout
+from million_cli.spec import CodeSpec, WindowSpec
+
+COLUMNS = (
+    "gpu", "impl", "dtype", "batch", "q_heads", "kv_heads", "head_dim", "context", "m_keys", "m_values", "layout",
+    "page_size", "median_us", "p90_us", "bytes_read", "tb_per_s", "ratio_to_best_dense", "rel_err",
+)  # fmt: skip
+_BUFFER_BYTES = 300 << 20  # distinct bytes a graph goes through, five times an H200's L2
+_MAX_BUFFERS = 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """One decode shape; `m_keys` and `m_values` are subspaces (D / 2: 4 bits, D / 4: 2 bits)."""
+
+    batch: int
+    q_heads: int
+    kv_heads: int
+    context: int
+    m_keys: int = 64
+    m_values: int = 64
+    head_dim: int = 128
+    dtype: str = "float16"
+
+
+CASES = (
+    Case(1, 32, 32, 4096),
+    Case(1, 32, 32, 32768),
+    Case(1, 32, 32, 131072),
+    Case(4, 32, 32, 32768),
+    Case(1, 32, 8, 32768),
+    Case(1, 32, 8, 131072),
+    Case(8, 32, 8, 32768),
+    Case(1, 64, 8, 131072),
+    Case(1, 32, 32, 131072, m_keys=32, m_values=32),
+    Case(8, 32, 8, 32768, m_keys=64, m_values=32),
+    Case(4, 32, 8, 32768, dtype="bfloat16"),
+)
+"""The shapes whose figures are tracked; the dense rows of a shape are measured beside each."""
+
+WINDOW = WindowSpec(page_size=64, residual=128)
+
+
+def bench(cases: tuple[Case, ...] = CASES, replays: int = 30) -> Iterator[dict[str, Any]]:
+    """Rows of COLUMNS: for each case torch's flash and cuDNN attention, then ours.
+
+    A backend that cannot serve a shape gives a row without times.
+    """
+    device = torch.device("cuda")
+    gpu = torch.cuda.get_device_name(device)
+    dense_cache: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    yield {"gpu": gpu, "impl": "read bandwidth", **_read_bandwidth(device, replays)}
+    for case in cases:
+        key = (case.batch, case.q_heads, case.kv_heads, case.context, case.head_dim, case.dtype)
+        if key not in dense_cache:
+            dense_cache[key] = list(_dense_rows(case, device, replays))
+        best = min((row["median_us"] for row in dense_cache[key] if row["median_us"]), default=None)
+        for row in dense_cache[key]:
+            yield _row(gpu, case, "dense", best, **row)
+        yield _row(
+            gpu, case, "fragment", best, page_size=WINDOW.page_size, **_paged_row(case, device, replays)
+        )
+        torch.cuda.empty_cache()
+
+
+def _row(gpu: str, case: Case, layout: str, best: float | None, **measured: Any) -> dict[str, Any]:
+    row: dict[str, Any] = {"gpu": gpu, "layout": layout, **asdict(case), **measured}
+    if layout == "dense":
+        row["m_keys"] = row["m_values"] = None
+    if row.get("median_us"):
+        row["tb_per_s"] = round(row["bytes_read"] / row["median_us"] / 1e6, 3)
+        row["ratio_to_best_dense"] = round(best / row["median_us"], 3) if best else None
+    return {column: row.get(column) for column in COLUMNS}
+
+
+def time_graph(launches: list[Callable[[], Any]], replays: int) -> dict[str, float]:
+    """Median and 90th percentile, in microseconds per launch, of one graph that holds all `launches`."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for launch in launches:
+            launch()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for launch in launches:
+            launch()
+    for _ in range(3):
+        graph.replay()
+    marks = [
+        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(replays)
+    ]
+    for begin, end in marks:
+        begin.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    times = sorted(begin.elapsed_time(end) * 1e3 / len(launches) for begin, end in marks)
+    return {
+        "median_us": round(statistics.median(times), 2),
+        "p90_us": round(times[int(0.9 * (len(times) - 1))], 2),
+    }
+
+
+def _buffers(bytes_each: int) -> int:
+    return max(2, min(_MAX_BUFFERS, -(-_BUFFER_BYTES // bytes_each)))
+
+
+def _read_bandwidth(device: torch.device, replays: int) -> dict[str, Any]:
+    x = torch.zeros(1 << 29, dtype=torch.float32, device=device)
+    out = torch.empty((), device=device)
+    times = time_graph([lambda: torch.sum(x, dim=0, out=out)], replays)
+    return {**times, "bytes_read": x.nbytes, "tb_per_s": round(x.nbytes / times["median_us"] / 1e6, 3)}
+
+
+def _dense_rows(case: Case, device: torch.device, replays: int) -> Iterator[dict[str, Any]]:
+    dtype = getattr(torch, case.dtype)
+    kv = (case.batch, case.kv_heads, case.context, case.head_dim)
+    nbytes = 2 * dtype.itemsize * case.batch * case.kv_heads * case.context * case.head_dim
+    buffers = [
+        tuple(torch.randn(kv, dtype=dtype, device=device) for _ in range(2)) for _ in range(_buffers(nbytes))
+    ]
+    q = torch.randn(case.batch, case.q_heads, 1, case.head_dim, dtype=dtype, device=device)
+    gqa = case.q_heads != case.kv_heads
+    sample = slice(0, 1)
+    for name, backend in (
+        ("sdpa flash", SDPBackend.FLASH_ATTENTION),
+        ("sdpa cudnn", SDPBackend.CUDNN_ATTENTION),
+    ):
+        try:
+            with sdpa_kernel(backend):
+                launches = [
+                    lambda k=k, v=v: F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa)
+                    for k, v in buffers
+                ]
+                times = time_graph(launches, replays)
+                out = launches[0]()
+        except RuntimeError:
+            yield {"impl": name, "median_us": None}
+            continue
+        k, v = (x[sample, :1].double() for x in buffers[0])
+        exact = F.scaled_dot_product_attention(
+            q[sample, : case.q_heads // case.kv_heads].double().transpose(1, 2), k, v
+        )
+        error = _relative_error(out[sample, : case.q_heads // case.kv_heads].transpose(1, 2), exact)
+        yield {"impl": name, "bytes_read": nbytes, "rel_err": error, **times}
+
+
+def _relative_error(got: Tensor, exact: Tensor) -> float:
+    return float(f"{(got.double() - exact).norm() / exact.norm():.2e}")
+
+
+def _paged_row(case: Case, device: torch.device, replays: int) -> dict[str, Any]:
+    dtype = getattr(torch, case.dtype)
+    B, Hkv, D, P, R = case.batch, case.kv_heads, case.head_dim, WINDOW.page_size, WINDOW.residual
+    keys = FragmentLayout(CodeSpec(D, case.m_keys, 8), P, "keys")
+    values = FragmentLayout(CodeSpec(D, case.m_values, 8), P, "values")
+    coded = WINDOW.coded_length(case.context)
+    pages = B * (coded // P)
+    nbytes = pages * Hkv * (keys.page_bytes + values.page_bytes)
+    nbytes += 2 * B * Hkv * (case.context - coded) * D * dtype.itemsize
+    tables = [torch.randn(Hkv, 256, D, device=device).half() for _ in range(2)]
+    lengths = torch.full((B,), case.context, dtype=torch.int32, device=device)
+    q = torch.randn(B, case.q_heads, D, dtype=dtype, device=device)
+    plan = compiled.DecodePlan.make(B, case.q_heads, Hkv, D, device)
+    launches: list[Callable[[], Tensor]] = []
+    first: dict[str, Tensor] = {}
+    for _ in range(_buffers(nbytes)):
+        pools = [
+            torch.randint(0, 256, (pages, Hkv, *layout.page_shape), dtype=torch.uint8, device=device)
+            for layout in (keys, values)
+        ]
+        windows = [torch.randn(B, Hkv, R, D, dtype=dtype, device=device) for _ in range(2)]
+        block_table = torch.randperm(pages, device=device).int().view(B, -1)
+        first = first or {
+            "k": pools[0],
+            "v": pools[1],
+            "wk": windows[0],
+            "wv": windows[1],
+            "table": block_table,
+        }
+        launches.append(
+            lambda pools=pools, windows=windows, block_table=block_table: compiled.paged_decode(
+                q, *pools, block_table, lengths, None, *tables, None, None, *windows, plan,
+                scale=D**-0.5, page_size=P,
+            )
+        )  # fmt: skip
+    times = time_graph(launches, replays)
+    # The error of the first head of the first sequence, against float64 over the decoded vectors.
+    group = case.q_heads // Hkv
+    ids = first["table"][0].long()
+    positions = torch.arange(coded, case.context, device=device) % R
+    dense = []
+    for layout, pool, table, window in ((keys, "k", 0, "wk"), (values, "v", 1, "wv")):
+        codes = layout.unpack(first[pool][ids, 0]).flatten(0, 1)  # [coded, M]
+        centroids = tables[table][0].double().view(256, layout.spec.M, layout.spec.dsub)
+        decoded = centroids[codes.long(), torch.arange(layout.spec.M, device=device)].flatten(1)
+        dense.append(torch.cat([decoded, first[window][0, 0, positions].double()]))
+    exact = F.scaled_dot_product_attention(q[0, :group].double(), *dense)
+    return {
+        "impl": "million paged",
+        "bytes_read": nbytes,
+        "rel_err": _relative_error(launches[0]()[0, :group], exact),
+        **times,
+    }
