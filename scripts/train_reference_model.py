@@ -438,7 +438,7 @@ def evaluate(
     """Print perplexity on TEXT and recall with TEXT as filler, by context length and number of facts."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    model.to(device)  # type: ignore[arg-type]
+    model.to(device)
     content = text.read_text(encoding="utf-8")
     longest = model.config.max_position_embeddings
     ids = torch.tensor(tokenizer.encode(content), device=device)

@@ -46,6 +46,8 @@ FACT = " The password of {name} is {word}."
 QUESTION = " Question: what is the password of {name}? Answer: the password of {name} is"
 ANSWER = " {word}"
 
+_SLACK = 8  # tokens that a prompt may fall short before it is built anew,
+_ATTEMPTS = 8  # and how often
 _SENTENCE_END = re.compile(r"(?<=[.!?])(?=\s)")
 _WORD_START = re.compile(r"(?=\s)")
 
@@ -92,8 +94,8 @@ class Filler:
     def __init__(self, text: str, count_tokens: Callable[[str], int]) -> None:
         if not text.strip():
             raise UserError("filler text is empty: recall needs natural text of at least one sentence")
-        # The white space belongs to the sentence after it, so facts and sentences join without repair.
-        self.sentences = [s for s in _SENTENCE_END.split(text) if s.strip()]
+        # White space belongs to the sentence after it, so sentences and facts join in any order.
+        self.sentences = [s for s in _SENTENCE_END.split(" " + text.strip()) if s.strip()]
         self.count_tokens = count_tokens
         self.tokens = [count_tokens(s) for s in self.sentences]
 
@@ -126,8 +128,8 @@ def recall_prompt(
 
     Args:
         filler: the text between the facts.
-        length: tokens of the whole prompt, question included, special tokens excluded; the prompt is at most
-            a few tokens shorter.
+        length: tokens of the whole prompt, question included, special tokens excluded; the prompt is shorter
+            by less than a word, or by some 8 tokens if the lengths of its parts do not add up to its own.
         seed: draws the names, words, depths and the passage.
         depth: where the asked fact stands, in 0..1, moved to the nearest end of a sentence (None: at random).
             The other facts stand at random depths.
@@ -150,19 +152,24 @@ def recall_prompt(
     fixed = filler.count_tokens(question) + sum(filler.count_tokens(Fact(*p, 0.0).text) for p in pairs)
 
     budget = length - fixed
-    for attempt in range(8):
+    best: RecallPrompt | None = None
+    for _ in range(_ATTEMPTS):
         pieces = filler.passage(end, budget) if budget > 0 else []
         if not pieces:
-            raise UserError(
-                f"length={length}: {facts} facts and the question take {fixed} tokens, and some text must fit"
-            )
+            break
         item = _assemble(filler, pieces, pairs, depths, question)
-        # A tokenizer whose pieces do not add up (a space put before each string) is corrected for here.
+        # Where the parts' lengths do not add up (a space put before each string), correct the budget.
         missing = length - item.tokens
-        if missing >= 0 and (attempt > 0 or missing <= 8):
-            return item
+        if missing >= 0 and (best is None or item.tokens > best.tokens):
+            best = item
+        if 0 <= missing <= _SLACK:
+            break
         budget += missing
-    raise AssertionError(f"no prompt of {length} tokens: count_tokens is not nearly additive")
+    if best is None:
+        raise UserError(
+            f"length={length}: facts={facts} and the question take {fixed} tokens, and some text must fit"
+        )
+    return best
 
 
 def _assemble(
