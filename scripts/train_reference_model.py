@@ -256,7 +256,8 @@ def token_losses(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
     with torch.autocast(ids.device.type, dtype=torch.bfloat16):
         hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
         logits = model.lm_head(hidden)
-    return F.cross_entropy(logits.float().mT, ids[:, 1:], reduction="none")
+    losses = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return losses.view(len(ids), -1)
 
 
 @torch.no_grad()
