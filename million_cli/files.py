@@ -70,6 +70,11 @@ def write_safetensors(
             )
         except SafetensorError as error:  # how safetensors reports a full disk
             raise OSError(str(error)) from error
+        # safetensors makes its files for the owner alone; a codebook is shared like any other result.
+        mode = temporary.with_name(f"{temporary.name}.mode")
+        mode.touch()
+        temporary.chmod(mode.stat().st_mode)
+        mode.unlink()
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

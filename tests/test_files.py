@@ -92,3 +92,10 @@ def test_unreadable_tensors_are_the_users_mistake(tmp_path):
     with pytest.raises(UserError, match="text is not a readable safetensors file") as caught:
         read_safetensors(tmp_path / "text")
     assert "\n" not in str(caught.value)
+
+
+def test_safetensors_files_are_as_readable_as_any_other(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "a.safetensors", {"x": torch.zeros(1)})
+    write_text(tmp_path / "b.txt", "")
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "b.txt").stat().st_mode
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b.txt"]
