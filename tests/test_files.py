@@ -94,7 +94,7 @@ def test_unreadable_tensors_are_the_users_mistake(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_safetensors_files_are_as_readable_as_any_other(tmp_path: Path) -> None:
+def test_safetensors_files_are_as_readable_as_any_other(tmp_path):
     write_safetensors(tmp_path / "a.safetensors", {"x": torch.zeros(1)})
     write_text(tmp_path / "b.txt", "")
     assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "b.txt").stat().st_mode
