@@ -30,13 +30,16 @@ struct PagedDecode {
   static constexpr int kRow = 256;  // bytes of a table row: byte 1 of an offset is the code
   static constexpr int kValueTable = D == 128 ? kRow * kCentroids : 2 * D;  // D = 64: both tables share the rows
   static constexpr int kTableBytes = D == 128 ? 2 * kRow * kCentroids : kRow * kCentroids;
+  // Codes come through a ring in shared memory where registers are short (STAGES > 0), else two groups ahead into
+  // registers: the ring costs a third more shared-memory traffic, which is what bounds a single head.
+  static constexpr bool kRing = STAGES > 0;
   static constexpr int kStageBytes = K::kGroupBytes + V::kGroupBytes;
   static constexpr int kRingBytes = WARPS * STAGES * kStageBytes;
   static constexpr int kRowsBytes = WARPS * HG * D * 4;  // the warps' sums, in place of the ring
   static constexpr int kScratchBytes = kRingBytes > kRowsBytes ? kRingBytes : kRowsBytes;
   static constexpr int kSharedBytes = kTableBytes + kScratchBytes + HG * D * 2 + 2 * WARPS * HG * 4 + 16;
-  static constexpr int kTiles = D / 16;                 // score instructions a head and group
-  static constexpr bool kPairs = HG > 1;                // value instructions serve two heads, tokens packed in pairs
+  static constexpr int kTiles = D / 16;   // score instructions a head and group
+  static constexpr bool kPairs = HG > 1;  // value instructions serve two heads, tokens packed in pairs
   static constexpr int kSums = kPairs ? HG / 2 * kTiles : D / 32;
 };
 
@@ -183,34 +186,60 @@ struct PagedDecodeBlock {
       }
     }
     const int64_t base = (int64_t(b) * p.kv_heads + h) * p.residual;
-    for (int position = max(s.coded, s.first_valid) + warp; position < s.length; position += T::WARPS) {
-      const int64_t offset = (base + position % p.residual) * D + lane * kDims;
-      float k[kDims], v[kDims];
+    constexpr int kBatch = 4;  // tokens whose loads are in flight together
+    for (int first = max(s.coded, s.first_valid) + warp; first < s.length; first += kBatch * T::WARPS) {
+      uint32_t k[kBatch][kDims / 2], v[kBatch][kDims / 2];
 #pragma unroll
-      for (int j = 0; j < kDims; j += 2) {
-        const float2 pair_k = unpack2(__ldg(reinterpret_cast<const uint32_t*>(p.key_window) + (offset + j) / 2), p.dtype);
-        const float2 pair_v = unpack2(__ldg(reinterpret_cast<const uint32_t*>(p.value_window) + (offset + j) / 2), p.dtype);
-        k[j] = pair_k.x, k[j + 1] = pair_k.y, v[j] = pair_v.x, v[j + 1] = pair_v.y;
+      for (int n = 0; n < kBatch; ++n) {
+        const int position = min(first + n * T::WARPS, s.length - 1);
+        const int64_t offset = ((base + position % p.residual) * D + lane * kDims) / 2;
+#pragma unroll
+        for (int j = 0; j < kDims / 2; ++j) {
+          k[n][j] = __ldg(static_cast<const uint32_t*>(p.key_window) + offset + j);
+          v[n][j] = __ldg(static_cast<const uint32_t*>(p.value_window) + offset + j);
+        }
       }
-      float score[HG];
+      float score[kBatch][HG];
 #pragma unroll
-      for (int hg = 0; hg < HG; ++hg) {
-        score[hg] = 0.f;
+      for (int n = 0; n < kBatch; ++n)
 #pragma unroll
-        for (int j = 0; j < kDims; ++j) score[hg] += q[hg][j] * k[j];
-      }
+        for (int hg = 0; hg < HG; ++hg) {
+          score[n][hg] = 0.f;
+#pragma unroll
+          for (int j = 0; j < kDims / 2; ++j) {
+            const float2 pair = unpack2(k[n][j], p.dtype);
+            score[n][hg] += q[hg][2 * j] * pair.x + q[hg][2 * j + 1] * pair.y;
+          }
+        }
 #pragma unroll
       for (int step = 16; step; step >>= 1)
 #pragma unroll
-        for (int hg = 0; hg < HG; ++hg) score[hg] += __shfl_xor_sync(kFull, score[hg], step);
+        for (int n = 0; n < kBatch; ++n)
+#pragma unroll
+          for (int hg = 0; hg < HG; ++hg) score[n][hg] += __shfl_xor_sync(kFull, score[n][hg], step);
 #pragma unroll
       for (int hg = 0; hg < HG; ++hg) {
-        const float next = fmaxf(top[hg], score[hg]);
-        const float factor = exp2_approx(top[hg] - next), weight = exp2_approx(score[hg] - next);
-        top[hg] = next;
-        denominator[hg] = denominator[hg] * factor + weight;
+        float next = top[hg];
 #pragma unroll
-        for (int j = 0; j < kDims; ++j) sums[hg][j] = sums[hg][j] * factor + weight * v[j];
+        for (int n = 0; n < kBatch; ++n) {
+          if (first + n * T::WARPS >= s.length) score[n][hg] = -INFINITY;
+          next = fmaxf(next, score[n][hg]);
+        }
+        const float factor = exp2_approx(top[hg] - next);
+        top[hg] = next;
+        denominator[hg] *= factor;
+#pragma unroll
+        for (int j = 0; j < kDims; ++j) sums[hg][j] *= factor;
+#pragma unroll
+        for (int n = 0; n < kBatch; ++n) {
+          const float weight = exp2_approx(score[n][hg] - next);
+          denominator[hg] += weight;
+#pragma unroll
+          for (int j = 0; j < kDims / 2; ++j) {
+            const float2 pair = unpack2(v[n][j], p.dtype);
+            sums[hg][2 * j] += weight * pair.x, sums[hg][2 * j + 1] += weight * pair.y;
+          }
+        }
       }
     }
     float* rows = reinterpret_cast<float*>(scratch);
@@ -226,24 +255,180 @@ struct PagedDecodeBlock {
     combine(partial);
   }
 
+  // The codes of one group that this lane looks up.
+  struct Codes {
+    uint32_t keys[K::kLaneBytes / 4], values[V::kLaneBytes / 4];
+  };
+
+  // Walks the groups of one warp through the block table.
+  struct Cursor {
+    const uint8_t* keys;  // this lane's first byte of page 0, head h
+    const uint8_t* values;
+    const int* table;
+    uint32_t key_page_bytes, value_page_bytes;  // of all heads
+    int groups_per_page, step_pages, step_groups;
+    int left, page, slot, in_page;
+
+    __device__ Cursor(const PagedDecodeParams& p, int b, int h, int lane, int first, int count) {
+      groups_per_page = p.page_size / kGroupTokens;
+      keys = p.key_pool + h * groups_per_page * K::kGroupBytes + lane * K::kChunk;
+      values = p.value_pool + h * groups_per_page * V::kGroupBytes + lane * V::kChunk;
+      key_page_bytes = p.kv_heads * groups_per_page * K::kGroupBytes;
+      value_page_bytes = p.kv_heads * groups_per_page * V::kGroupBytes;
+      step_pages = T::WARPS / groups_per_page, step_groups = T::WARPS % groups_per_page;
+      table = p.block_table + int64_t(b) * p.table_width;
+      left = count;
+      slot = first / groups_per_page, in_page = first % groups_per_page;
+      page = left > 0 ? __ldg(table + slot) : 0;
+    }
+    __device__ __forceinline__ const uint8_t* key_group() const {
+      return keys + uint64_t(uint32_t(page)) * key_page_bytes + in_page * K::kGroupBytes;
+    }
+    __device__ __forceinline__ const uint8_t* value_group() const {
+      return values + uint64_t(uint32_t(page)) * value_page_bytes + in_page * V::kGroupBytes;
+    }
+    __device__ __forceinline__ void next() {
+      --left;
+      slot += step_pages;
+      in_page += step_groups;
+      if (in_page >= groups_per_page) in_page -= groups_per_page, ++slot;
+      if (left > 0) page = __ldg(table + slot);
+    }
+  };
+
+  // What a warp carries from group to group.
+  struct State {
+    uint32_t query[HG][2 * T::kTiles];  // register j of a head serves score instruction j / 2
+    float sums[T::kSums][4];
+    float offset = -1e30f;  // log2 of the unit of the probabilities of my_head
+    float denominator = 0.f;
+    int my_head;  // the head whose scores this lane finds, if below HG
+  };
+  static constexpr int kKeyOffsets = K::kDsub == 2 ? 8 : 4;
+  static constexpr int kValueOffsets = V::kMask + 1;
+
+  __device__ __forceinline__ void score(float (&scores)[HG][4], const uint32_t* codes, const State& state,
+                                        const RowOffsets<kKeyOffsets>& offsets) const {
+#pragma unroll
+    for (int hg = 0; hg < HG; ++hg) scores[hg][0] = scores[hg][1] = scores[hg][2] = scores[hg][3] = 0.f;
+#pragma unroll
+    for (int i = 0; i < T::kTiles; ++i) {
+      uint32_t a[4];
+      if constexpr (K::kDsub == 2) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          const int x = i + (r >> 1) * T::kTiles;
+          a[r] = word(offsets.address(codes[i], r, x & 7) + (x >> 3) * 128);
+        }
+      } else {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const uint2 entry = pair(offsets.address(codes[i / 2], 2 * (i & 1) + half, i & 3) + (i >> 2) * 128);
+          a[half] = entry.x, a[half + 2] = entry.y;
+        }
+      }
+#pragma unroll
+      for (int hg = 0; hg < HG; ++hg)
+        mma(scores[hg], a[0], a[1], a[2], a[3], state.query[hg][2 * i], state.query[hg][2 * i + 1]);
+    }
+  }
+
+  // Scores -> this lane's two probabilities (tokens g and g + 8 of my_head) as halves; rescales the sums if need be.
+  __device__ __forceinline__ uint32_t soften(const float (&scores)[HG][4], State& state, int token, int first_valid) const {
+    float s0 = -INFINITY, s1 = -INFINITY;
+#pragma unroll
+    for (int hg = 0; hg < HG; ++hg) {
+      const float low = g & 1 ? scores[hg][1] : scores[hg][0], high = g & 1 ? scores[hg][3] : scores[hg][2];
+      s0 = state.my_head == hg ? low : s0;
+      s1 = state.my_head == hg ? high : s1;
+    }
+    if (token < first_valid) {  // the same for all lanes: only a sequence's first group can hold padding
+      if (token + g < first_valid) s0 = -INFINITY;
+      if (token + g + 8 < first_valid) s1 = -INFINITY;
+    }
+    const float log_scale = p.scale * kLog2e;
+    float e0 = fmaf(s0, log_scale, -state.offset), e1 = fmaf(s1, log_scale, -state.offset);
+    if (__any_sync(kFull, fmaxf(e0, e1) > kMaxExponent)) {
+      float top = fmaxf(s0, s1) * log_scale;
+      top = fmaxf(top, __shfl_xor_sync(kFull, top, 4));  // lanes of one head differ by these masks
+      top = fmaxf(top, __shfl_xor_sync(kFull, top, 9));
+      top = fmaxf(top, __shfl_xor_sync(kFull, top, 18));
+      const float next = fmaxf(state.offset, top - kHeadroom);
+      const float factor = exp2_approx(state.offset - next);
+      state.offset = next;
+      state.denominator *= factor;
+#pragma unroll
+      for (int i = 0; i < T::kSums; ++i) {
+        const float f = __shfl_sync(kFull, factor, T::kPairs ? 2 * (i / T::kTiles) + (t >> 1) : 0);
+        float(&sum)[4] = state.sums[i];
+        sum[0] *= f, sum[1] *= f, sum[2] *= f, sum[3] *= f;
+      }
+      e0 = fmaf(s0, log_scale, -next), e1 = fmaf(s1, log_scale, -next);
+    }
+    const float p0 = exp2_approx(e0), p1 = exp2_approx(e1);
+    state.denominator += p0 + p1;
+    const __half2 packed = __floats2half2_rn(p0, p1);
+    return *reinterpret_cast<const uint32_t*>(&packed);
+  }
+
+  // sums += probabilities * values of one group.
+  __device__ __forceinline__ void accumulate(State& state, const uint32_t* codes, uint32_t mine,
+                                             const RowOffsets<kValueOffsets>& offsets) const {
+    if constexpr (T::kPairs) {
+      // Lanes with (g & 3) == t hold column g of B: head 2 * pair + (g >> 2), tokens 2t, 2t + 1 (and + 8).
+      const int source = 8 * t + ((g >> 2) ^ t);
+      const uint32_t keep = (g & 3) == t ? ~0u : 0u;
+      uint32_t b[HG / 2][2];
+#pragma unroll
+      for (int i = 0; i < HG / 2; ++i) {
+        const uint32_t even = __shfl_sync(kFull, mine, source ^ (2 * i));
+        const uint32_t odd = __shfl_sync(kFull, mine, (source ^ (2 * i)) + 4);
+        b[i][0] = __byte_perm(even, odd, 0x5410) & keep;
+        b[i][1] = __byte_perm(even, odd, 0x7632) & keep;
+      }
+#pragma unroll
+      for (int x = 0; x < V::kUnits; ++x) {
+        uint32_t low[4], high[4];
+        lookup_values(low, high, codes[x], offsets, x);
+#pragma unroll
+        for (int w = 0; w < V::kDsub / 2; ++w) {
+          const uint32_t* e = w ? high : low;
+          const uint32_t a0 = __byte_perm(e[0], e[1], 0x5410), a1 = __byte_perm(e[0], e[1], 0x7632);
+          const uint32_t a2 = __byte_perm(e[2], e[3], 0x5410), a3 = __byte_perm(e[2], e[3], 0x7632);
+#pragma unroll
+          for (int i = 0; i < HG / 2; ++i)
+            mma(state.sums[i * T::kTiles + x * (V::kDsub / 2) + w], a0, a1, a2, a3, b[i][0], b[i][1]);
+        }
+      }
+    } else {
+      // k = (token, dim of the word): an entry is used as it comes; column n = (slot n >> 1, dim n & 1).
+      const uint32_t other = __shfl_xor_sync(kFull, mine, 4);
+      const uint32_t even = g & 1 ? other : mine, odd = g & 1 ? mine : other;
+      const uint32_t take_low = g & 1 ? 0x1044 : 0x4410, take_high = g & 1 ? 0x3244 : 0x4432;
+      const uint32_t b00 = __byte_perm(even, 0, take_low), b01 = __byte_perm(odd, 0, take_low);
+      const uint32_t b10 = __byte_perm(even, 0, take_high), b11 = __byte_perm(odd, 0, take_high);
+      constexpr int kUnitsPerTile = V::kDsub == 2 ? 2 : 1;
+#pragma unroll
+      for (int tile = 0; tile < T::kSums; ++tile) {
+        uint32_t low[4], high[4], rest[4];
+        lookup_values(low, high, codes[tile * kUnitsPerTile], offsets, tile * kUnitsPerTile);
+        if constexpr (V::kDsub == 2) lookup_values(high, rest, codes[tile * 2 + 1], offsets, tile * 2 + 1);
+        mma(state.sums[tile], low[0], high[0], low[1], high[1], b00, b01);
+        mma(state.sums[tile], low[2], high[2], low[3], high[3], b10, b11);
+      }
+    }
+  }
+
   // Coded groups first .. last - 1 of KV head h, dealt to the warps; tables and q_shared must be on their way.
   __device__ void codes(const Sequence& s, int b, int h, int first, int last, float* partial) {
+    const int mine = last - first - warp;
+    const int rounds = mine > 0 ? (mine + T::WARPS - 1) / T::WARPS : 0;
+    Cursor cursor(p, b, h, lane, first + warp, rounds);
     uint8_t* ring = scratch + warp * (T::STAGES * T::kStageBytes);
-    const int groups_per_page = p.page_size / kGroupTokens;
-    const int step_pages = T::WARPS / groups_per_page, step_groups = T::WARPS % groups_per_page;
-    const int* table = p.block_table + int64_t(b) * p.table_width;
-    int left = last - first - warp;
-    left = left > 0 ? (left + T::WARPS - 1) / T::WARPS : 0;  // groups this warp still has to ask for
-    const int rounds = left;
-    int page_slot = (first + warp) / groups_per_page, in_page = (first + warp) % groups_per_page;
-    int page = left > 0 ? __ldg(table + page_slot) : 0;
     int write = 0;
-
-    auto ask = [&] {
-      if (left > 0) {
-        const int64_t group = (int64_t(page) * p.kv_heads + h) * groups_per_page + in_page;
-        const uint8_t* keys = p.key_pool + group * K::kGroupBytes + lane * K::kChunk;
-        const uint8_t* values = p.value_pool + group * V::kGroupBytes + lane * V::kChunk;
+    auto ask = [&] {  // the next group into the ring
+      if (cursor.left > 0) {
+        const uint8_t *keys = cursor.key_group(), *values = cursor.value_group();
         uint8_t* stage = ring + write;
 #pragma unroll
         for (int c = 0; c < K::kChunks; ++c)
@@ -251,26 +436,32 @@ struct PagedDecodeBlock {
 #pragma unroll
         for (int c = 0; c < V::kChunks; ++c)
           cp_async<V::kChunk>(stage + K::kGroupBytes + (c * 32 + lane) * V::kChunk, values + c * 32 * V::kChunk);
-        --left;
-        page_slot += step_pages;
-        in_page += step_groups;
-        if (in_page >= groups_per_page) {
-          in_page -= groups_per_page;
-          ++page_slot;
-        }
-        if (left > 0) page = __ldg(table + page_slot);
+        cursor.next();
       }
       cp_async_commit();
       write += T::kStageBytes;
       if (write == T::STAGES * T::kStageBytes) write = 0;
     };
+    auto fetch = [&](Codes& codes) {  // the next group into registers
+      if (cursor.left <= 0) return;
+      load_codes<K>(codes.keys, cursor.key_group(), 0);
+      load_codes<V>(codes.values, cursor.value_group(), 0);
+      cursor.next();
+    };
+    Codes buffers[2] = {};
+    if constexpr (T::kRing) {
 #pragma unroll
-    for (int i = 0; i < T::STAGES - 1; ++i) ask();
-    cp_async_wait<T::STAGES - 1>();  // the tables, asked for before
+      for (int i = 0; i < T::STAGES - 1; ++i) ask();
+      cp_async_wait<T::STAGES - 1>();  // the tables, asked for before
+    } else {
+      fetch(buffers[0]);
+      fetch(buffers[1]);
+      cp_async_wait<0>();
+    }
     __syncthreads();
 
-    // Queries in fragment order: register j of head hg serves score instruction j / 2.
-    uint32_t query[HG][2 * T::kTiles];
+    State state;
+    state.my_head = t ^ (g >> 1);
     const uint32_t* q_words = reinterpret_cast<const uint32_t*>(q_shared);
 #pragma unroll
     for (int hg = 0; hg < HG; ++hg)
@@ -280,159 +471,65 @@ struct PagedDecodeBlock {
         for (int high = 0; high < 2; ++high) {
           const int word = K::kDsub == 2 ? K::subspace(i + high * T::kTiles, g ^ (2 * hg), t)
                                          : 2 * K::subspace(i, g ^ (2 * hg), t) + high;
-          query[hg][2 * i + high] = q_words[hg * D / 2 + word];
+          state.query[hg][2 * i + high] = q_words[hg * D / 2 + word];
         }
-
-    constexpr int kKeyOffsets = K::kDsub == 2 ? 8 : 4;
-    constexpr int kValueOffsets = V::kMask + 1;
-    const RowOffsets<kKeyOffsets> key_offsets(
-        [&](int x) { return K::kEntryBytes * K::subspace(x, g, t); });
+    const RowOffsets<kKeyOffsets> key_offsets([&](int x) { return K::kEntryBytes * K::subspace(x, g, t); });
     const RowOffsets<kValueOffsets> value_offsets([&](int x) { return V::kEntryBytes * V::subspace(x, g, t); });
+#pragma unroll
+    for (int i = 0; i < T::kSums; ++i)
+      state.sums[i][0] = state.sums[i][1] = state.sums[i][2] = state.sums[i][3] = 0.f;
+    int token = (first + warp) * kGroupTokens;
 
-    float sums[T::kSums][4];
-#pragma unroll
-    for (int i = 0; i < T::kSums; ++i) sums[i][0] = sums[i][1] = sums[i][2] = sums[i][3] = 0.f;
-    const int my_head = t ^ (g >> 1);  // the head whose scores this lane finds, if below HG
-    float offset = -1e30f;             // log2 of the unit of probabilities of my_head
-    float denominator = 0.f;
-    const float log_scale = p.scale * kLog2e;
-    // Lanes that hold the probabilities needed as operand B (pairs): head 2 * pair + (g >> 2), tokens 2t, 2t + 1.
-    const int source = 8 * t + ((g >> 2) ^ t);
-    const bool column = (g & 3) == t;
-
-    int read = 0;
-    for (int round = 0; round < rounds; ++round) {
-      cp_async_wait<T::STAGES - 2>();
-      uint32_t key_codes[K::kLaneBytes / 4], value_codes[V::kLaneBytes / 4];
-      const uint8_t* stage = ring + read;
-      load_codes<K>(key_codes, stage);
-      load_codes<V>(value_codes, stage + K::kGroupBytes);
-      read += T::kStageBytes;
-      if (read == T::STAGES * T::kStageBytes) read = 0;
-      ask();
-
-      // Scores.
-      float scores[HG][4];
-#pragma unroll
-      for (int hg = 0; hg < HG; ++hg) scores[hg][0] = scores[hg][1] = scores[hg][2] = scores[hg][3] = 0.f;
-#pragma unroll
-      for (int i = 0; i < T::kTiles; ++i) {
-        uint32_t a[4];
-        if constexpr (K::kDsub == 2) {
-#pragma unroll
-          for (int r = 0; r < 4; ++r) {
-            const int x = i + (r >> 1) * T::kTiles;
-            a[r] = word(key_offsets.address(key_codes[i], r, x & 7) + (x >> 3) * 128);
-          }
-        } else {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const uint2 entry =
-                pair(key_offsets.address(key_codes[i / 2], 2 * (i & 1) + half, i & 3) + (i >> 2) * 128);
-            a[half] = entry.x, a[half + 2] = entry.y;
-          }
-        }
-#pragma unroll
-        for (int hg = 0; hg < HG; ++hg)
-          mma(scores[hg], a[0], a[1], a[2], a[3], query[hg][2 * i], query[hg][2 * i + 1]);
+    if constexpr (T::kRing) {
+      // Scores of a group and values of the one before are independent, which hides their latencies.
+      uint32_t probabilities = 0;
+      int read = 0;
+      for (int round = 0; round < rounds; ++round) {
+        cp_async_wait<T::STAGES - 2>();
+        uint32_t keys[K::kLaneBytes / 4];
+        load_codes<K>(keys, ring + read, lane);
+        float scores[HG][4];
+        score(scores, keys, state, key_offsets);
+        accumulate(state, buffers[0].values, probabilities, value_offsets);
+        load_codes<V>(buffers[0].values, ring + read + K::kGroupBytes, lane);
+        read += T::kStageBytes;
+        if (read == T::STAGES * T::kStageBytes) read = 0;
+        ask();
+        probabilities = soften(scores, state, token, s.first_valid);
+        token += T::WARPS * kGroupTokens;
       }
-
-      // The two scores of this lane: tokens g and g + 8.
-      float s0 = -INFINITY, s1 = -INFINITY;
-#pragma unroll
-      for (int hg = 0; hg < HG; ++hg) {
-        const float even = g & 1 ? scores[hg][1] : scores[hg][0], odd = g & 1 ? scores[hg][3] : scores[hg][2];
-        s0 = my_head == hg ? even : s0;
-        s1 = my_head == hg ? odd : s1;
-      }
-      if (round == 0) {  // only the first group of a sequence can hold padding, and it is some warp's first
-        const int token = (first + warp) * kGroupTokens + g;
-        if (token < s.first_valid) s0 = -INFINITY;
-        if (token + 8 < s.first_valid) s1 = -INFINITY;
-      }
-      float e0 = fmaf(s0, log_scale, -offset), e1 = fmaf(s1, log_scale, -offset);
-      if (__any_sync(kFull, fmaxf(e0, e1) > kMaxExponent)) {
-        float top = fmaxf(s0, s1) * log_scale;
-        top = fmaxf(top, __shfl_xor_sync(kFull, top, 4));  // lanes of one head differ by these masks
-        top = fmaxf(top, __shfl_xor_sync(kFull, top, 9));
-        top = fmaxf(top, __shfl_xor_sync(kFull, top, 18));
-        const float next = fmaxf(offset, top - kHeadroom);
-        const float factor = exp2_approx(offset - next);
-        offset = next;
-        denominator *= factor;
-#pragma unroll
-        for (int i = 0; i < T::kSums; ++i) {
-          const int pair_index = i / T::kTiles;
-          const float f = __shfl_sync(kFull, factor, T::kPairs ? 2 * pair_index + (t >> 1) : 0);
-          sums[i][0] *= f, sums[i][1] *= f, sums[i][2] *= f, sums[i][3] *= f;
-        }
-        e0 = fmaf(s0, log_scale, -offset), e1 = fmaf(s1, log_scale, -offset);
-      }
-      const float p0 = exp2_approx(e0), p1 = exp2_approx(e1);
-      denominator += p0 + p1;
-      const __half2 packed = __floats2half2_rn(p0, p1);
-      const uint32_t mine = *reinterpret_cast<const uint32_t*>(&packed);
-
-      // Values.
-      if constexpr (T::kPairs) {
-        uint32_t b[HG / 2][2];
-#pragma unroll
-        for (int pair_index = 0; pair_index < HG / 2; ++pair_index) {
-          const uint32_t even = __shfl_sync(kFull, mine, source ^ (2 * pair_index));
-          const uint32_t odd = __shfl_sync(kFull, mine, (source ^ (2 * pair_index)) + 4);
-          b[pair_index][0] = column ? __byte_perm(even, odd, 0x5410) : 0;
-          b[pair_index][1] = column ? __byte_perm(even, odd, 0x7632) : 0;
-        }
-#pragma unroll
-        for (int x = 0; x < V::kUnits; ++x) {
-          uint32_t low[4], high[4];
-          lookup_values(low, high, value_codes[x], value_offsets, x);
-#pragma unroll
-          for (int w = 0; w < V::kDsub / 2; ++w) {
-            const uint32_t* e = w ? high : low;
-            const uint32_t a0 = __byte_perm(e[0], e[1], 0x5410), a1 = __byte_perm(e[0], e[1], 0x7632);
-            const uint32_t a2 = __byte_perm(e[2], e[3], 0x5410), a3 = __byte_perm(e[2], e[3], 0x7632);
-#pragma unroll
-            for (int pair_index = 0; pair_index < HG / 2; ++pair_index)
-              mma(sums[pair_index * T::kTiles + x * (V::kDsub / 2) + w], a0, a1, a2, a3, b[pair_index][0],
-                  b[pair_index][1]);
-          }
-        }
-      } else {
-        // k = (token, dim of the word): an entry is used as it comes; column n = (slot n >> 1, dim n & 1).
-        const uint32_t other = __shfl_xor_sync(kFull, mine, 4);
-        const uint32_t even = g & 1 ? other : mine, odd = g & 1 ? mine : other;
-        const uint32_t take_low = g & 1 ? 0x1099 : 0x9910, take_high = g & 1 ? 0x32BB : 0xBB32;
-        const uint32_t b00 = __byte_perm(even, 0, take_low), b01 = __byte_perm(odd, 0, take_low);
-        const uint32_t b10 = __byte_perm(even, 0, take_high), b11 = __byte_perm(odd, 0, take_high);
-        constexpr int kUnitsPerTile = V::kDsub == 2 ? 2 : 1;
-#pragma unroll
-        for (int tile = 0; tile < T::kSums; ++tile) {
-          uint32_t low[4], high[4], rest[4];
-          lookup_values(low, high, value_codes[tile * kUnitsPerTile], value_offsets, tile * kUnitsPerTile);
-          if constexpr (V::kDsub == 2)
-            lookup_values(high, rest, value_codes[tile * 2 + 1], value_offsets, tile * 2 + 1);
-          mma(sums[tile], low[0], high[0], low[1], high[1], b00, b01);
-          mma(sums[tile], low[2], high[2], low[3], high[3], b10, b11);
-        }
+      accumulate(state, buffers[0].values, probabilities, value_offsets);
+      cp_async_wait<0>();
+    } else {
+      auto step = [&](Codes& codes) {
+        float scores[HG][4];
+        score(scores, codes.keys, state, key_offsets);
+        const uint32_t probabilities = soften(scores, state, token, s.first_valid);
+        accumulate(state, codes.values, probabilities, value_offsets);
+        fetch(codes);
+        token += T::WARPS * kGroupTokens;
+      };
+      for (int round = 0; round < rounds; round += 2) {
+        step(buffers[0]);
+        if (round + 1 < rounds) step(buffers[1]);
       }
     }
-    cp_async_wait<0>();
     __syncthreads();  // every warp is done with the ring
-    store_rows(sums, offset, denominator, my_head);
+    store_rows(state.sums, state.offset, state.denominator, state.my_head);
     combine(partial);
   }
 
+  // `at` is the lane, or 0 where `from` already points at the lane's bytes.
   template <class Order>
-  __device__ __forceinline__ void load_codes(uint32_t (&codes)[Order::kLaneBytes / 4], const uint8_t* stage) const {
+  __device__ __forceinline__ void load_codes(uint32_t (&codes)[Order::kLaneBytes / 4], const uint8_t* from, int at) const {
     if constexpr (Order::kChunk == 16) {
 #pragma unroll
       for (int c = 0; c < Order::kChunks; ++c) {
-        const uint4 piece = *reinterpret_cast<const uint4*>(stage + (c * 32 + lane) * 16);
+        const uint4 piece = *reinterpret_cast<const uint4*>(from + (c * 32 + at) * 16);
         codes[4 * c] = piece.x, codes[4 * c + 1] = piece.y, codes[4 * c + 2] = piece.z, codes[4 * c + 3] = piece.w;
       }
     } else {
-      const uint2 piece = *reinterpret_cast<const uint2*>(stage + lane * 8);
+      const uint2 piece = *reinterpret_cast<const uint2*>(from + at * 8);
       codes[0] = piece.x, codes[1] = piece.y;
     }
   }
@@ -511,41 +608,47 @@ struct PagedDecodeBlock {
     }
   }
 
-  // Partial results of a set -> out, by the last block to arrive.  Slots first .. first + count - 1, and the window.
+  // Partial results of a set -> out, by the last block to arrive: `count` slots of the codes, and the window's.
   __device__ void reduce(int b, int h, int set, const float* slots, int count, const float* window_partial) {
-    constexpr int kStride = HG * (D + 2);
-    float* weights = reinterpret_cast<float*>(scratch);  // [HG][count + 1]
-    float* sums = weights + HG * (count + 1);             // [HG][D] of the codes, to be rotated back
-    for (int hg = warp; hg < HG; hg += T::WARPS) {
-      float top = __ldcg(window_partial + HG * D + 2 * hg);
-      for (int i = lane; i < count; i += 32) top = fmaxf(top, __ldcg(slots + i * int64_t(kStride) + HG * D + 2 * hg));
-#pragma unroll
-      for (int step = 16; step; step >>= 1) top = fmaxf(top, __shfl_xor_sync(kFull, top, step));
-      float denominator = 0.f;
-      for (int i = lane; i <= count; i += 32) {
-        const float* ml = (i < count ? slots + i * int64_t(kStride) : window_partial) + HG * D + 2 * hg;
-        const float weight = exp2_approx(__ldcg(ml) - top);
-        weights[hg * (count + 1) + i] = weight;
-        denominator += weight * __ldcg(ml + 1);
-      }
-#pragma unroll
-      for (int step = 16; step; step >>= 1) denominator += __shfl_xor_sync(kFull, denominator, step);
-      const float inverse = denominator > 0.f ? 1.f / denominator : 0.f;
-      __syncwarp();
-      for (int i = lane; i <= count; i += 32) weights[hg * (count + 1) + i] *= inverse;
-    }
-    __syncthreads();
+    constexpr int kStride = HG * (D + 2), kBatch = 8;
+    float* sums = reinterpret_cast<float*>(scratch);  // [HG][D] of the codes, to be rotated back
     const int64_t row = q_row(b, h, set);
     const int outputs = valid_heads(set) * D;
     for (int i = threadIdx.x; i < outputs; i += T::kThreads) {
-      const float* w = weights + i / D * (count + 1);
-      float sum = 0.f;
-#pragma unroll 8
-      for (int j = 0; j < count; ++j) sum += w[j] * __ldcg(slots + j * int64_t(kStride) + i);
+      const int ml = HG * D + 2 * (i / D);
+      const float window_top = __ldcg(window_partial + ml), window_denominator = __ldcg(window_partial + ml + 1);
+      const float window_sum = __ldcg(window_partial + i);
+      float top = window_top, sum = 0.f, denominator = 0.f;
+      for (int first = 0; first < count; first += kBatch) {  // loads of a batch are in flight together
+        float m[kBatch], l[kBatch], o[kBatch];
+        float next = top;
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) {
+          const bool inside = first + j < count;
+          const float* slot = slots + (inside ? first + j : 0) * int64_t(kStride);
+          m[j] = inside ? __ldcg(slot + ml) : -INFINITY;
+          l[j] = inside ? __ldcg(slot + ml + 1) : 0.f;
+          o[j] = inside ? __ldcg(slot + i) : 0.f;
+        }
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) next = fmaxf(next, m[j]);
+        const float factor = exp2_approx(top - next);
+        sum *= factor, denominator *= factor, top = next;
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) {
+          const float weight = exp2_approx(m[j] - next);
+          sum += weight * o[j], denominator += weight * l[j];
+        }
+      }
+      const float window_weight = exp2_approx(window_top - top);
+      denominator += window_weight * window_denominator;
+      const float inverse = denominator > 0.f ? 1.f / denominator : 0.f;
+      const float from_window = window_weight * window_sum * inverse;
       if (p.value_rotation == nullptr) {
-        store_element(p.out, row * D + i, sum + w[count] * __ldcg(window_partial + i), p.dtype);
+        store_element(p.out, row * D + i, sum * inverse + from_window, p.dtype);
       } else {
-        sums[i] = sum;
+        sums[i] = sum * inverse;
+        sums[HG * D + i] = from_window;
       }
     }
     if (p.value_rotation == nullptr) return;
@@ -561,9 +664,7 @@ struct PagedDecodeBlock {
         for (int j = 0; j < D / 32; ++j) sum += r[j] * sums[i / D * D + 32 * j + lane];
 #pragma unroll
         for (int step = 16; step; step >>= 1) sum += __shfl_xor_sync(kFull, sum, step);
-        if (lane == 0)
-          store_element(p.out, row * D + i, sum + weights[i / D * (count + 1) + count] * __ldcg(window_partial + i),
-                        p.dtype);
+        if (lane == 0) store_element(p.out, row * D + i, sum + sums[HG * D + i], p.dtype);
       }
     }
   }

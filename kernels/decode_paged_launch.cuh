@@ -11,16 +11,16 @@
 
 namespace million {
 
-// Warps and ring depth: registers bound the warps (see results/LOG.md), shared memory the ring.
-template <int D, int MK, int MV, int HG>
+// Warps and ring depth (0: codes go into registers); registers bound the warps, shared memory the ring.
+template <int D, int HG>
 struct Tile {
-  static constexpr int kWarps = HG == 1 ? (MILLION_SHARED_KIB >= 227 ? 16 : 8) : 8;
-  static constexpr int kStages = MILLION_SHARED_KIB >= 227 ? (HG == 1 ? 3 : 4) : (D == 128 ? 2 : 3);
+  static constexpr int kWarps = HG == 1 ? 16 : 8;
+  static constexpr int kStages = HG == 1 ? 0 : MILLION_SHARED_KIB >= 227 ? 4 : 2;
 };
 
 template <int D, int MK, int MV, int HG>
 cudaError_t paged_decode(const PagedDecodeParams& params, int blocks, cudaStream_t stream) {
-  using T = PagedDecode<D, MK, MV, HG, Tile<D, MK, MV, HG>::kWarps, Tile<D, MK, MV, HG>::kStages>;
+  using T = PagedDecode<D, MK, MV, HG, Tile<D, HG>::kWarps, Tile<D, HG>::kStages>;
   if constexpr (T::kSharedBytes > MILLION_SHARED_KIB * 1024) {
     return cudaErrorInvalidConfiguration;
   } else {

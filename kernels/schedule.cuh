@@ -11,7 +11,7 @@
 
 namespace million {
 
-constexpr int kWindowUnits = 4;
+constexpr int kWindowUnits = 16;  // what a window takes, in groups
 constexpr int kMinUnits = 16;  // fewer are not worth a block's table loads
 
 struct Sequence {
