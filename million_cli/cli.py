@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -322,5 +323,8 @@ def _dataset(value: str, node: str) -> list[str]:
 
 def quote(value: str) -> str:
     """A value as Hydra's override grammar reads it back unchanged."""
-    escaped = value.replace("\\'", "\\\\'").replace("'", "\\'")
-    return f"'{escaped}'"
+    # In quotes a backslash means itself, except in a run of them before a quote; "${" would be an interpolation.
+    value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    value = re.sub(r"(\\*)'", r"\1\1\\'", value)
+    value = re.sub(r"(\\+)$", r"\1\1", value)
+    return f"'{value}'"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 import time
 import traceback
@@ -76,7 +77,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     """
     _register_schema()
     flags, overrides = split_arguments(arguments)
-    command = " ".join(["million", verb, *arguments])
+    command = shlex.join(["million", *sys.argv[1:]])
     run_id = f"{now().replace(':', '').replace('+0000', 'Z')}-{uuid.uuid4().hex[:6]}"
     task = partial(_job, verb, run_id, command)
     Outcome.out = None
@@ -118,7 +119,7 @@ def to_job_config(config: DictConfig) -> JobConfig:
     """
     try:
         # Merged once more: `+key=value` gets past the schema that Hydra composed into.
-        plain = OmegaConf.to_container(config, resolve=True)
+        plain = OmegaConf.to_container(config)
         job = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(JobConfig), plain))
     except Exception as error:
         _raise_as_user_error(error)

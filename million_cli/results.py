@@ -20,6 +20,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cache
@@ -181,10 +182,12 @@ def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
             f"no results at {path}: run `million eval` or `million run` first, or name a results CSV"
         )
     csv.field_size_limit(1 << 26)
-    with path.open(encoding="utf-8", newline="") as handle:
+    columns: list[str] = []
+    rows: list[dict[str, str]] = []
+    with path.open(encoding="utf-8", newline="") as handle, suppress(UnicodeDecodeError, csv.Error):
         reader = csv.DictReader(handle)
         rows = list(reader)
-    columns = list(reader.fieldnames or [])
+        columns = list(reader.fieldnames or [])
     if "run" not in columns or any(None in row or None in row.values() for row in rows):
         raise UserError(f"{path} is not a results CSV (a header with the column `run` and equally long rows)")
     return columns, rows

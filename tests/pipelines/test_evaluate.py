@@ -1,0 +1,129 @@
+"""Evaluation: three caches, results found again, refusals, fallbacks."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+
+from million_cli.errors import UserError
+from million_cli.pipelines import evaluate as pipeline
+from million_cli.pipelines.evaluate import run_evaluate
+from million_cli.pipelines.session import Session
+from million_cli.pipelines.train_codebook import train
+
+
+def metrics(config):
+    (result,) = run_evaluate(config)
+    return dict(result.metrics)
+
+
+def test_paged_equals_contiguous_and_dense_is_exact(job):
+    found = {
+        kind: metrics(job(f"cache={kind}", "cache.page_size=16", "cache.extended_residual=32"))
+        for kind in ("dense", "contiguous", "paged")
+    }
+    assert found["dense"]["kl_e3"] == 0
+    assert found["contiguous"]["kl_e3"] > 0
+    for name in ("kl_e3", "perplexity", "top1_agreement", "code_bytes"):
+        assert found["paged"][name] == found["contiguous"][name]
+    for found_there in found.values():
+        assert found_there["perplexity_dense"] == found["dense"]["perplexity"]
+    assert found["contiguous"]["bits_nominal"] == 1.5
+    assert found["dense"]["cache_ratio"] == 2.0  # float32
+    assert "codebook_file" not in found["dense"]
+
+
+def test_a_result_is_found_again_and_says_so(job, tmp_path, monkeypatch):
+    config = job(f"out={tmp_path}")
+    first = metrics(config)
+    monkeypatch.setattr(pipeline, "task_module", None)
+    again = metrics(config)
+    assert again.pop("reused_from") and again == first
+
+
+def test_nothing_is_found_again_without_reuse(job, tmp_path, monkeypatch):
+    config = job(f"out={tmp_path}", "reuse=false")
+    metrics(config)
+    calls = []
+    original = pipeline.task_module
+    monkeypatch.setattr(pipeline, "task_module", lambda name: calls.append(name) or original(name))
+    metrics(config)
+    assert calls == ["perplexity"]
+
+
+def test_further_tasks_join_the_record(job):
+    with_recall = job(
+        "+task@also.recall=passkey",
+        "also.recall.dataset=synthetic",
+        "also.recall.seed=2",
+        "also.recall.lengths=[160]",
+        "also.recall.depths=[0.5]",
+        "also.recall.samples=2",
+    )
+    found, alone = metrics(with_recall), metrics(job())
+    assert found["recall_n"] == 2
+    assert all(found[name] == value for name, value in alone.items() if name != "reused_from")
+    with open(found["passkey_table"]) as handle:
+        assert [(row["length"], row["depth"]) for row in csv.DictReader(handle)] == [("160", "0.5")]
+
+
+def test_the_calibration_text_is_refused_unless_allowed(job):
+    same = ["task.seed=1", "task.max_chars=3000"]
+    with pytest.raises(UserError, match=r"calibrated on the text under evaluation \(synthetic\)"):
+        run_evaluate(job(*same))
+    assert metrics(job(*same, "allow_same_text=true"))["tokens"] > 0
+
+
+def test_a_part_of_the_calibration_text_is_refused_too(job):
+    with pytest.raises(UserError, match="calibrated on the text under evaluation"):
+        run_evaluate(job("task.seed=1", "task.max_chars=2000"))
+
+
+def test_a_codebook_file_is_held_to_its_own_text(job):
+    path = train(Session(job()))
+    assert metrics(job(f"codebook={path}"))["codebook_file"] == str(path)
+    with pytest.raises(UserError, match="calibrated on the text"):
+        run_evaluate(job(f"codebook={path}", "data.seed=9", "task.seed=1", "task.max_chars=3000"))
+
+
+def test_a_codebook_of_another_model_is_refused(job):
+    path = train(Session(job()))
+    with pytest.raises(UserError, match=r"belongs to another model .*weights"):
+        run_evaluate(job(f"codebook={path}", "seed=1"))
+    with pytest.raises(UserError, match=r"num_layers: 2 != 3"):
+        run_evaluate(job(f"codebook={path}", "model.shape.num_hidden_layers=3"))
+    with pytest.raises(UserError, match="no such file"):
+        run_evaluate(job("codebook=/nowhere.safetensors"))
+
+
+def test_a_full_pool_falls_back_to_the_same_numbers_and_is_named(job):
+    paged = ["cache=paged", "cache.page_size=16", "cache.extended_residual=32"]
+    (result,) = run_evaluate(job(*paged, "cache.max_pages=3"))
+    assert len(result.fallbacks) == 1
+    assert "contiguous" in result.fallbacks[0]
+    assert result.metrics["kl_e3"] == metrics(job(*paged))["kl_e3"]
+    with pytest.raises(UserError, match="strict"):
+        run_evaluate(job(*paged, "cache.max_pages=3", "strict=true"))
+
+
+def test_mistakes_show_before_anything_slow(job, monkeypatch):
+    monkeypatch.setattr(pipeline, "Caches", None)
+    for overrides, message in (
+        (["task.name=chess"], "task.name=chess: accepted are perplexity, passkey"),
+        (["+task.contxt=3"], "unknown key task.contxt; accepted are dataset"),
+        (["task.batch=many"], "task.batch: Value 'many'"),
+        (["task.mode=fast"], "task.mode=fast: accepted are parallel, step, distort"),
+        (["task.path=/nowhere.txt"], "no such text file or folder: /nowhere.txt"),
+        (["task.dataset=chess"], "unknown dataset 'chess'; accepted"),
+    ):
+        with pytest.raises(UserError, match="^" + message):
+            run_evaluate(job(*overrides))
+
+
+def test_records_hold_configuration_device_and_dtype(job):
+    (result,) = run_evaluate(job("model.dtype=float64"))
+    assert (result.device, result.dtype) == ("cpu", "float64")
+    assert result.config["model"]["dtype"] == "float64"
+    (dense,) = run_evaluate(job("cache=dense"))
+    assert dense.config["quantizer"]["name"] == "dense"

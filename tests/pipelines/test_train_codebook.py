@@ -1,0 +1,74 @@
+"""Training as a stage."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from million_cli.errors import UserError
+from million_cli.pipelines import train_codebook as pipeline
+from million_cli.pipelines.session import Session
+from million_cli.pipelines.train_codebook import run_train, train
+from million_cli.pq import Codebook
+from million_cli.spec import CodeSpec
+
+
+def test_the_codebook_says_where_it_comes_from(job):
+    session = Session(job("seed=4"))
+    codebook = Codebook.load(train(session))
+    text = session.text(session.config.data)
+    assert codebook.meta.fingerprint == session.fingerprint
+    assert codebook.meta.calibration_sha256 == text.sha256
+    assert (codebook.meta.seed, codebook.meta.tokens, codebook.meta.samples) == (4, 2048, 512)
+    assert codebook.spec.keys == CodeSpec(32, 16, 3)
+    assert (codebook.keys.scope, codebook.meta.trainer) == ("head", "torch")
+
+
+def test_a_trained_codebook_is_found_again(job, monkeypatch):
+    path = train(Session(job()))
+    monkeypatch.setattr(pipeline, "train_codebook", None)
+    assert train(Session(job())) == path
+
+
+def test_the_same_job_elsewhere_trains_the_same_codebook(job, tmp_path):
+    here, there = (Codebook.load(train(Session(c))) for c in (job(), job(f"out={tmp_path}")))
+    assert torch.equal(here.keys.centroids, there.keys.centroids)
+    assert torch.equal(here.values.centroids, there.values.centroids)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["seed=1", "quantizer.scope=layer", "quantizer.values.nbits=2", "train.iterations=3", "data.seed=7"],
+)
+def test_another_job_has_another_codebook(job, override):
+    assert train(Session(job(override))) != train(Session(job()))
+
+
+def test_quantizers_differ_as_configured(job):
+    shapes = {}
+    for name in ("million-paper", "pq-4bit", "pq-3bit", "pq-2bit"):
+        codebook = Codebook.load(train(Session(job(f"quantizer={name}"))))
+        shapes[name] = tuple(codebook.keys.centroids.shape[:3]), codebook.spec.values.M
+    assert shapes == {
+        "million-paper": ((1, 1, 16), 16),
+        "pq-4bit": ((2, 2, 16), 16),
+        "pq-3bit": ((2, 2, 16), 8),
+        "pq-2bit": ((2, 2, 8), 8),
+    }
+
+
+def test_faiss_trains_as_well(job):
+    errors = {
+        trainer: run_train(job(f"train.trainer={trainer}", "train.iterations=25"))[0].metrics["key_error"]
+        for trainer in ("torch", "faiss")
+    }
+    assert errors["faiss"] == pytest.approx(errors["torch"], rel=0.1)
+
+
+def test_refusals(job):
+    with pytest.raises(UserError, match="quantizer=dense: it has no codebook"):
+        run_train(job("quantizer=dense"))
+    with pytest.raises(UserError, match="M=5 does not divide head_dim=32"):
+        train(Session(job("quantizer.keys.M=5")))
+    with pytest.raises(UserError, match="dsub=3 does not divide head_dim=32"):
+        train(Session(job("quantizer.keys.dsub=3")))
