@@ -211,7 +211,7 @@ void paged_decode(Tensor q, Tensor key_pool, Tensor value_pool, Tensor block_tab
   if (B == 0) return;
   const int64_t G = Hq / Hkv, head_sets = (G + heads - 1) / heads, sets = B * Hkv * head_sets;
   const int64_t counters = (sets * 4 + 255) / 256 * 256;
-  const int64_t bytes = counters + (blocks + 2 * sets) * million::partial_floats(int(D), int(heads)) * 4;
+  const int64_t bytes = counters + (blocks + sets) * million::partial_floats(int(D), int(heads)) * 4;
   STD_TORCH_CHECK(workspace.scalar_type() == ScalarType::Byte && workspace.is_cuda() && workspace.numel() >= bytes,
                   "workspace ", shape_of(workspace), ": uint8 on the device, at least ", bytes);
   p.q = q.data_ptr(), p.out = out.data_ptr();

@@ -30,14 +30,15 @@ struct PagedDecode {
   static constexpr int kRow = 256;  // bytes of a table row: byte 1 of an offset is the code
   static constexpr int kValueTable = D == 128 ? kRow * kCentroids : 2 * D;  // D = 64: both tables share the rows
   static constexpr int kTableBytes = D == 128 ? 2 * kRow * kCentroids : kRow * kCentroids;
-  // Codes come through a ring in shared memory where registers are short (STAGES > 0), else two groups ahead into
-  // registers: the ring costs a third more shared-memory traffic, which is what bounds a single head.
-  static constexpr bool kRing = STAGES > 0;
   static constexpr int kStageBytes = K::kGroupBytes + V::kGroupBytes;
   static constexpr int kRingBytes = WARPS * STAGES * kStageBytes;
-  static constexpr int kRowsBytes = WARPS * HG * D * 4;  // the warps' sums, in place of the ring
-  static constexpr int kScratchBytes = kRingBytes > kRowsBytes ? kRingBytes : kRowsBytes;
-  static constexpr int kSharedBytes = kTableBytes + kScratchBytes + HG * D * 2 + 2 * WARPS * HG * 4 + 16;
+  static constexpr int kRowsBytes = WARPS * HG * D * 4;  // one row of sums a warp
+  static constexpr bool kStash = HG > 1;                 // window sums wait in shared memory, else in registers
+  static constexpr int kScratchBytes = kRingBytes > 2 * kRowsBytes ? kRingBytes : 2 * kRowsBytes;
+  static constexpr int kSlices = kThreads / D;           // of a rotation's dot products
+  static constexpr int kRotationBytes = (1 + kSlices) * HG * D * 4;
+  static constexpr int kSideBytes = kStash && kRowsBytes > kRotationBytes ? kRowsBytes : kRotationBytes;
+  static constexpr int kSharedBytes = kTableBytes + kScratchBytes + kSideBytes + HG * D * 2 + 4 * WARPS * HG * 4;
   static constexpr int kTiles = D / 16;   // score instructions a head and group
   static constexpr bool kPairs = HG > 1;  // value instructions serve two heads, tokens packed in pairs
   static constexpr int kSums = kPairs ? HG / 2 * kTiles : D / 32;
@@ -71,20 +72,22 @@ struct PagedDecodeBlock {
 
   const PagedDecodeParams& p;
   uint8_t* tables;
-  uint8_t* scratch;
-  __half* q_shared;   // [HG][D] rotated queries
-  float* warp_max;    // [WARPS][HG]
-  float* warp_sum;    // [WARPS][HG]
-  int* flag;
+  uint8_t* scratch;  // the ring; after it, rows of sums
+  float* side;       // while the ring is in use: rotation, then (kStash) the window's rows
+  __half* q_shared;  // [HG][D] rotated queries
+  float* warp_max;   // [2][WARPS][HG] of codes, of the window
+  float* warp_sum;
+  int* flag;  // in place of warp_max, between spans
   int warp, lane, g, t;
 
   __device__ PagedDecodeBlock(const PagedDecodeParams& params, uint8_t* shared) : p(params) {
     tables = shared;
     scratch = tables + T::kTableBytes;
-    q_shared = reinterpret_cast<__half*>(scratch + T::kScratchBytes);
+    side = reinterpret_cast<float*>(scratch + T::kScratchBytes);
+    q_shared = reinterpret_cast<__half*>(scratch + T::kScratchBytes + T::kSideBytes);
     warp_max = reinterpret_cast<float*>(q_shared + HG * D);
-    warp_sum = warp_max + T::WARPS * HG;
-    flag = reinterpret_cast<int*>(warp_sum + T::WARPS * HG);
+    warp_sum = warp_max + 2 * T::WARPS * HG;
+    flag = reinterpret_cast<int*>(warp_max);
     warp = threadIdx.x / 32;
     lane = threadIdx.x % 32;
     g = lane >> 2;
@@ -116,10 +119,9 @@ struct PagedDecodeBlock {
         q_shared[i] = i / D < heads ? __float2half_rn(load_element(p.q, row * D + i, p.dtype)) : __half(0.f);
       return;
     }
-    constexpr int kSlices = T::kThreads / D;
-    float* raw = reinterpret_cast<float*>(scratch);  // [HG][D], then [slices][HG][D]
+    constexpr int kSlices = T::kSlices;
+    float* raw = side;  // [HG][D], then [slices][HG][D]
     float* part = raw + HG * D;
-    static_assert((1 + kSlices) * HG * D * 4 <= T::kScratchBytes, "rotation scratch");
     for (int i = threadIdx.x; i < HG * D; i += T::kThreads)
       raw[i] = i / D < heads ? load_element(p.q, row * D + i, p.dtype) : 0.f;
     __syncthreads();
@@ -144,37 +146,58 @@ struct PagedDecodeBlock {
     }
   }
 
-  // Rows of the warps (sums in `scratch`, maxima, denominators) -> one partial result.  All threads call it.
-  __device__ void combine(float* partial) {
+  // Rows of the warps, of codes and of the window, -> one partial result: [HG][D] sums of codes (both, unless values
+  // are rotated), [HG][D] of the window, [HG][2] maximum and denominator.
+  __device__ void combine(float* partial, const float* window_rows) {
     __syncthreads();
     const float* rows = reinterpret_cast<const float*>(scratch);
+    const bool apart = p.value_rotation != nullptr;
     for (int i = threadIdx.x; i < HG * D; i += T::kThreads) {
       const int hg = i / D;
       float top = warp_max[hg];
-      for (int w = 1; w < T::WARPS; ++w) top = fmaxf(top, warp_max[w * HG + hg]);
-      float sum = 0.f, denominator = 0.f;
+#pragma unroll
+      for (int w = 1; w < 2 * T::WARPS; ++w) top = fmaxf(top, warp_max[w * HG + hg]);
+      float sum = 0.f, window_sum = 0.f, denominator = 0.f;
 #pragma unroll 4
       for (int w = 0; w < T::WARPS; ++w) {
         const float factor = exp2_approx(warp_max[w * HG + hg] - top);
+        const float window_factor = exp2_approx(warp_max[(T::WARPS + w) * HG + hg] - top);
         sum += factor * rows[w * HG * D + i];
-        denominator += factor * warp_sum[w * HG + hg];
+        window_sum += window_factor * window_rows[w * HG * D + i];
+        denominator += factor * warp_sum[w * HG + hg] + window_factor * warp_sum[(T::WARPS + w) * HG + hg];
       }
-      partial[i] = sum;
-      if (i % D == 0) {
-        partial[HG * D + 2 * hg] = top;
-        partial[HG * D + 2 * hg + 1] = denominator;
-      }
+      partial[i] = apart ? sum : sum + window_sum;
+      if (apart) partial[HG * D + i] = window_sum;
+      if (i % D == 0) *reinterpret_cast<float2*>(partial + 2 * (HG * D + hg)) = make_float2(top, denominator);
     }
     __syncthreads();
   }
 
-  // Exact attention over the window: tokens max(coded, first_valid) .. length - 1, dealt to the warps.
-  __device__ void window(const Sequence& s, int b, int h, int set, float* partial) {
+  // One warp's sums over its tokens of the window, `kDims` dims a lane.
+  struct WindowSums {
+    float sums[HG][D / 32], top[HG], denominator[HG];
+    __device__ void store(float* rows, float* maxima, float* denominators, int warp, int lane) const {
+#pragma unroll
+      for (int hg = 0; hg < HG; ++hg) {
+#pragma unroll
+        for (int j = 0; j < D / 32; ++j) rows[(warp * HG + hg) * D + lane * (D / 32) + j] = sums[hg][j];
+        if (lane == 0) {
+          maxima[warp * HG + hg] = top[hg];
+          denominators[warp * HG + hg] = denominator[hg];
+        }
+      }
+    }
+  };
+
+  // Exact attention over the window, tokens max(coded, first_valid) .. length - 1, dealt to the warps of the set's
+  // `blocks` blocks, of which this is number `index`.  It takes less time than the tables take to arrive.
+  __device__ void window(WindowSums& result, const Sequence& s, int b, int h, int set, int index, int blocks) {
     constexpr int kDims = D / 32;  // dims a lane
     const int heads = valid_heads(set);
     const int64_t row = q_row(b, h, set);
     const float log_scale = p.scale * kLog2e;
-    float q[HG][kDims], sums[HG][kDims], top[HG], denominator[HG];
+    float q[HG][kDims];
+    auto& [sums, top, denominator] = result;
 #pragma unroll
     for (int hg = 0; hg < HG; ++hg) {
       top[hg] = -1e30f;
@@ -187,11 +210,12 @@ struct PagedDecodeBlock {
     }
     const int64_t base = (int64_t(b) * p.kv_heads + h) * p.residual;
     constexpr int kBatch = 4;  // tokens whose loads are in flight together
-    for (int first = max(s.coded, s.first_valid) + warp; first < s.length; first += kBatch * T::WARPS) {
+    const int stride = T::WARPS * blocks;
+    for (int first = max(s.coded, s.first_valid) + index * T::WARPS + warp; first < s.length; first += kBatch * stride) {
       uint32_t k[kBatch][kDims / 2], v[kBatch][kDims / 2];
 #pragma unroll
       for (int n = 0; n < kBatch; ++n) {
-        const int position = min(first + n * T::WARPS, s.length - 1);
+        const int position = min(first + n * stride, s.length - 1);
         const int64_t offset = ((base + position % p.residual) * D + lane * kDims) / 2;
 #pragma unroll
         for (int j = 0; j < kDims / 2; ++j) {
@@ -222,7 +246,7 @@ struct PagedDecodeBlock {
         float next = top[hg];
 #pragma unroll
         for (int n = 0; n < kBatch; ++n) {
-          if (first + n * T::WARPS >= s.length) score[n][hg] = -INFINITY;
+          if (first + n * stride >= s.length) score[n][hg] = -INFINITY;
           next = fmaxf(next, score[n][hg]);
         }
         const float factor = exp2_approx(top[hg] - next);
@@ -242,23 +266,7 @@ struct PagedDecodeBlock {
         }
       }
     }
-    float* rows = reinterpret_cast<float*>(scratch);
-#pragma unroll
-    for (int hg = 0; hg < HG; ++hg) {
-#pragma unroll
-      for (int j = 0; j < kDims; ++j) rows[(warp * HG + hg) * D + lane * kDims + j] = sums[hg][j];
-      if (lane == 0) {
-        warp_max[warp * HG + hg] = top[hg];
-        warp_sum[warp * HG + hg] = denominator[hg];
-      }
-    }
-    combine(partial);
   }
-
-  // The codes of one group that this lane looks up.
-  struct Codes {
-    uint32_t keys[K::kLaneBytes / 4], values[V::kLaneBytes / 4];
-  };
 
   // Walks the groups of one warp through the block table.
   struct Cursor {
@@ -419,8 +427,9 @@ struct PagedDecodeBlock {
     }
   }
 
-  // Coded groups first .. last - 1 of KV head h, dealt to the warps; tables and q_shared must be on their way.
-  __device__ void codes(const Sequence& s, int b, int h, int first, int last, float* partial) {
+  // One span of a set: coded groups first .. last - 1 of KV head h and this block's share of the window.
+  __device__ void attend(const Sequence& s, int b, int h, int set, int first, int last, int index, int blocks,
+                         bool needs_tables, float* partial) {
     const int mine = last - first - warp;
     const int rounds = mine > 0 ? (mine + T::WARPS - 1) / T::WARPS : 0;
     Cursor cursor(p, b, h, lane, first + warp, rounds);
@@ -442,22 +451,20 @@ struct PagedDecodeBlock {
       write += T::kStageBytes;
       if (write == T::STAGES * T::kStageBytes) write = 0;
     };
-    auto fetch = [&](Codes& codes) {  // the next group into registers
-      if (cursor.left <= 0) return;
-      load_codes<K>(codes.keys, cursor.key_group(), 0);
-      load_codes<V>(codes.values, cursor.value_group(), 0);
-      cursor.next();
-    };
-    Codes buffers[2] = {};
-    if constexpr (T::kRing) {
+    if (needs_tables) load_tables(h);
+    cp_async_commit();
 #pragma unroll
-      for (int i = 0; i < T::STAGES - 1; ++i) ask();
-      cp_async_wait<T::STAGES - 1>();  // the tables, asked for before
-    } else {
-      fetch(buffers[0]);
-      fetch(buffers[1]);
-      cp_async_wait<0>();
+    for (int i = 0; i < T::STAGES - 1; ++i) ask();
+    load_queries(b, h, set);
+    WindowSums window_sums;
+    window(window_sums, s, b, h, set, index, blocks);
+    float* window_max = warp_max + T::WARPS * HG;
+    float* window_denominator = warp_sum + T::WARPS * HG;
+    if constexpr (T::kStash) {
+      __syncthreads();  // the rotation is done with `side`
+      window_sums.store(side, window_max, window_denominator, warp, lane);
     }
+    cp_async_wait<T::STAGES - 1>();  // the tables
     __syncthreads();
 
     State state;
@@ -480,56 +487,46 @@ struct PagedDecodeBlock {
       state.sums[i][0] = state.sums[i][1] = state.sums[i][2] = state.sums[i][3] = 0.f;
     int token = (first + warp) * kGroupTokens;
 
-    if constexpr (T::kRing) {
-      // Scores of a group and values of the one before are independent, which hides their latencies.
-      uint32_t probabilities = 0;
-      int read = 0;
-      for (int round = 0; round < rounds; ++round) {
-        cp_async_wait<T::STAGES - 2>();
-        uint32_t keys[K::kLaneBytes / 4];
-        load_codes<K>(keys, ring + read, lane);
-        float scores[HG][4];
-        score(scores, keys, state, key_offsets);
-        accumulate(state, buffers[0].values, probabilities, value_offsets);
-        load_codes<V>(buffers[0].values, ring + read + K::kGroupBytes, lane);
-        read += T::kStageBytes;
-        if (read == T::STAGES * T::kStageBytes) read = 0;
-        ask();
-        probabilities = soften(scores, state, token, s.first_valid);
-        token += T::WARPS * kGroupTokens;
-      }
-      accumulate(state, buffers[0].values, probabilities, value_offsets);
-      cp_async_wait<0>();
-    } else {
-      auto step = [&](Codes& codes) {
-        float scores[HG][4];
-        score(scores, codes.keys, state, key_offsets);
-        const uint32_t probabilities = soften(scores, state, token, s.first_valid);
-        accumulate(state, codes.values, probabilities, value_offsets);
-        fetch(codes);
-        token += T::WARPS * kGroupTokens;
-      };
-      for (int round = 0; round < rounds; round += 2) {
-        step(buffers[0]);
-        if (round + 1 < rounds) step(buffers[1]);
-      }
+    // Scores of a group and values of the one before are independent, which hides their latencies.
+    uint32_t value_codes[V::kLaneBytes / 4] = {};
+    uint32_t probabilities = 0;
+    int read = 0;
+    for (int round = 0; round < rounds; ++round) {
+      cp_async_wait<T::STAGES - 2>();
+      uint32_t key_codes[K::kLaneBytes / 4];
+      load_codes<K>(key_codes, ring + read);
+      float scores[HG][4];
+      score(scores, key_codes, state, key_offsets);
+      accumulate(state, value_codes, probabilities, value_offsets);
+      load_codes<V>(value_codes, ring + read + K::kGroupBytes);
+      read += T::kStageBytes;
+      if (read == T::STAGES * T::kStageBytes) read = 0;
+      ask();
+      probabilities = soften(scores, state, token, s.first_valid);
+      token += T::WARPS * kGroupTokens;
     }
+    if (rounds > 0) accumulate(state, value_codes, probabilities, value_offsets);
+    cp_async_wait<0>();
     __syncthreads();  // every warp is done with the ring
     store_rows(state.sums, state.offset, state.denominator, state.my_head);
-    combine(partial);
+    float* window_rows = side;
+    if constexpr (!T::kStash) {
+      window_rows = reinterpret_cast<float*>(scratch + T::kRowsBytes);
+      window_sums.store(window_rows, window_max, window_denominator, warp, lane);
+    }
+    combine(partial, window_rows);
   }
 
-  // `at` is the lane, or 0 where `from` already points at the lane's bytes.
   template <class Order>
-  __device__ __forceinline__ void load_codes(uint32_t (&codes)[Order::kLaneBytes / 4], const uint8_t* from, int at) const {
+  __device__ __forceinline__ void load_codes(uint32_t (&codes)[Order::kLaneBytes / 4], const uint8_t* stage) const {
     if constexpr (Order::kChunk == 16) {
 #pragma unroll
       for (int c = 0; c < Order::kChunks; ++c) {
-        const uint4 piece = *reinterpret_cast<const uint4*>(from + (c * 32 + at) * 16);
+        const uint4 piece = *reinterpret_cast<const uint4*>(stage + (c * 32 + lane) * 16);
         codes[4 * c] = piece.x, codes[4 * c + 1] = piece.y, codes[4 * c + 2] = piece.z, codes[4 * c + 3] = piece.w;
       }
     } else {
-      const uint2 piece = *reinterpret_cast<const uint2*>(from + at * 8);
+      const uint2 piece = *reinterpret_cast<const uint2*>(stage + lane * 8);
       codes[0] = piece.x, codes[1] = piece.y;
     }
   }
@@ -608,51 +605,54 @@ struct PagedDecodeBlock {
     }
   }
 
-  // Partial results of a set -> out, by the last block to arrive: `count` slots of the codes, and the window's.
-  __device__ void reduce(int b, int h, int set, const float* slots, int count, const float* window_partial) {
-    constexpr int kStride = HG * (D + 2), kBatch = 8;
-    float* sums = reinterpret_cast<float*>(scratch);  // [HG][D] of the codes, to be rotated back
+  // Partial results of a set, `count` slots of `stride` floats, -> out; by the last block to arrive.
+  __device__ void reduce(int b, int h, int set, const float* slots, int count) {
+    constexpr int kStride = partial_floats(D, HG), kBatch = 8;
+    float2* sums = reinterpret_cast<float2*>(scratch);  // [HG][D] of codes, to be rotated back, then of the window
     const int64_t row = q_row(b, h, set);
     const int outputs = valid_heads(set) * D;
-    for (int i = threadIdx.x; i < outputs; i += T::kThreads) {
-      const int ml = HG * D + 2 * (i / D);
-      const float window_top = __ldcg(window_partial + ml), window_denominator = __ldcg(window_partial + ml + 1);
-      const float window_sum = __ldcg(window_partial + i);
-      float top = window_top, sum = 0.f, denominator = 0.f;
+    const bool apart = p.value_rotation != nullptr;
+    for (int i = threadIdx.x; i < outputs / 2; i += T::kThreads) {
+      const int hg = i / (D / 2);
+      float top = -INFINITY, denominator = 0.f;
+      float2 sum = make_float2(0.f, 0.f), window_sum = sum;
       for (int first = 0; first < count; first += kBatch) {  // loads of a batch are in flight together
-        float m[kBatch], l[kBatch], o[kBatch];
+        float2 ml[kBatch], o[kBatch], window[kBatch];
         float next = top;
 #pragma unroll
         for (int j = 0; j < kBatch; ++j) {
           const bool inside = first + j < count;
-          const float* slot = slots + (inside ? first + j : 0) * int64_t(kStride);
-          m[j] = inside ? __ldcg(slot + ml) : -INFINITY;
-          l[j] = inside ? __ldcg(slot + ml + 1) : 0.f;
-          o[j] = inside ? __ldcg(slot + i) : 0.f;
+          const float2* slot = reinterpret_cast<const float2*>(slots + (inside ? first + j : 0) * int64_t(kStride));
+          ml[j] = inside ? __ldcg(slot + HG * D + hg) : make_float2(-INFINITY, 0.f);
+          o[j] = __ldcg(slot + i);
+          window[j] = apart ? __ldcg(slot + HG * D / 2 + i) : make_float2(0.f, 0.f);
         }
 #pragma unroll
-        for (int j = 0; j < kBatch; ++j) next = fmaxf(next, m[j]);
+        for (int j = 0; j < kBatch; ++j) next = fmaxf(next, ml[j].x);
         const float factor = exp2_approx(top - next);
-        sum *= factor, denominator *= factor, top = next;
+        sum.x *= factor, sum.y *= factor, window_sum.x *= factor, window_sum.y *= factor;
+        denominator *= factor, top = next;
 #pragma unroll
         for (int j = 0; j < kBatch; ++j) {
-          const float weight = exp2_approx(m[j] - next);
-          sum += weight * o[j], denominator += weight * l[j];
+          const float weight = exp2_approx(ml[j].x - next);
+          denominator += weight * ml[j].y;
+          sum.x += weight * o[j].x, sum.y += weight * o[j].y;
+          window_sum.x += weight * window[j].x, window_sum.y += weight * window[j].y;
         }
       }
-      const float window_weight = exp2_approx(window_top - top);
-      denominator += window_weight * window_denominator;
       const float inverse = denominator > 0.f ? 1.f / denominator : 0.f;
-      const float from_window = window_weight * window_sum * inverse;
-      if (p.value_rotation == nullptr) {
-        store_element(p.out, row * D + i, sum * inverse + from_window, p.dtype);
+      sum.x *= inverse, sum.y *= inverse;
+      if (apart) {
+        sums[i] = sum;
+        sums[HG * D / 2 + i] = make_float2(window_sum.x * inverse, window_sum.y * inverse);
       } else {
-        sums[i] = sum * inverse;
-        sums[HG * D + i] = from_window;
+        store_element(p.out, row * D + 2 * i, sum.x, p.dtype);
+        store_element(p.out, row * D + 2 * i + 1, sum.y, p.dtype);
       }
     }
-    if (p.value_rotation == nullptr) return;
+    if (!apart) return;
     __syncthreads();
+    const float* rotated = reinterpret_cast<const float*>(sums);
     const float* rotation = p.value_rotation + (p.value_rotation_heads > 1 ? h : 0) * int64_t(D) * D;
     for (int d = warp; d < D; d += T::WARPS) {  // o[d] = sum over e of o_rot[e] * R[d, e]
       float r[D / 32];
@@ -661,10 +661,10 @@ struct PagedDecodeBlock {
       for (int i = d; i < outputs; i += D) {
         float sum = 0.f;
 #pragma unroll
-        for (int j = 0; j < D / 32; ++j) sum += r[j] * sums[i / D * D + 32 * j + lane];
+        for (int j = 0; j < D / 32; ++j) sum += r[j] * rotated[i / D * D + 32 * j + lane];
 #pragma unroll
         for (int step = 16; step; step >>= 1) sum += __shfl_xor_sync(kFull, sum, step);
-        if (lane == 0) store_element(p.out, row * D + i, sum + sums[HG * D + i], p.dtype);
+        if (lane == 0) store_element(p.out, row * D + i, sum + rotated[HG * D + i], p.dtype);
       }
     }
   }
@@ -673,43 +673,35 @@ struct PagedDecodeBlock {
 template <class T>
 __global__ void __launch_bounds__(T::kThreads, 1) paged_decode_kernel(const __grid_constant__ PagedDecodeParams p) {
   extern __shared__ __align__(128) uint8_t shared[];
+  wait_for_previous_launch();
   PagedDecodeBlock<T> block(p, shared);
   const Schedule schedule(p, gridDim.x);
   if (int(blockIdx.x) >= schedule.blocks) return;
-  int64_t unit = schedule.begin(blockIdx.x);
-  const int64_t end = schedule.begin(blockIdx.x + 1);
+  int unit = schedule.begin(blockIdx.x);
+  const int end = schedule.begin(blockIdx.x + 1);
   const int sets = p.kv_heads * p.head_sets;
   const int64_t stride = partial_floats(T::D, T::HG);
-  float* window_partials = p.partials + (int64_t(gridDim.x) + int64_t(p.batch) * sets) * stride;
 
-  int64_t base = 0;  // first unit of sequence b
+  int base = 0;  // first unit of sequence b
   int loaded = -1;
   for (int b = 0; b < p.batch && unit < end; ++b) {
     const Sequence s = sequence(p, b);
-    const int units = s.groups + kWindowUnits;
-    const int64_t next = base + int64_t(units) * sets;
+    const int next = base + s.units() * sets;
     while (unit < end && unit < next) {
-      const int set = int((unit - base) / units);
-      const int64_t set_begin = base + int64_t(set) * units, set_end = set_begin + units;
-      const int64_t stop = end < set_end ? end : set_end;
-      const int h = set / p.head_sets, sub = set % p.head_sets;
-      const int first = int(unit - set_begin), last = min(int(stop - set_begin), s.groups);
-      const int id = b * sets + set;
-      float* partial = p.partials + (int64_t(blockIdx.x) + id) * stride;
+      const int set = (unit - base) / s.units();
+      const int set_begin = base + set * s.units(), set_end = set_begin + s.units();
+      const int stop = min(end, set_end);
+      const int h = set / p.head_sets, sub = set % p.head_sets, id = b * sets + set;
+      const int from = schedule.owner(set_begin), count = schedule.owner(set_end - 1) - from + 1;
+      const int first = s.first_group + unit - set_begin;
+      const int last = s.first_group + min(stop - set_begin, s.groups);
 
       __syncthreads();  // the tables and the scratch of the previous set are free
-      const bool has_codes = first < last;
-      const bool needs_tables = has_codes && loaded != h &&
-                                (loaded < 0 || p.key_table_heads > 1 || p.value_table_heads > 1);
-      if (needs_tables) block.load_tables(h);
-      cp_async_commit();
-      if (has_codes) loaded = h;
-      if (stop == set_end) block.window(s, b, h, sub, window_partials + id * stride);
-      block.load_queries(b, h, sub);
-      __syncthreads();
-      block.codes(s, b, h, s.first_group + first, s.first_group + max(first, last), partial);
-
-      const int from = schedule.owner(set_begin), count = schedule.owner(set_end - 1) - from + 1;
+      const bool needs_tables =
+          first < last && loaded != h && (loaded < 0 || p.key_table_heads > 1 || p.value_table_heads > 1);
+      if (first < last) loaded = h;
+      block.attend(s, b, h, sub, first, last, blockIdx.x - from, count, needs_tables,
+                   p.partials + (int64_t(blockIdx.x) + id) * stride);
       __threadfence();
       __syncthreads();
       if (threadIdx.x == 0) {
@@ -720,7 +712,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) paged_decode_kernel(const __gr
       __syncthreads();
       if (*block.flag) {
         __threadfence();
-        block.reduce(b, h, sub, p.partials + (int64_t(from) + id) * stride, count, window_partials + id * stride);
+        block.reduce(b, h, sub, p.partials + (int64_t(from) + id) * stride, count);
       }
       unit = stop;
     }

@@ -11,24 +11,35 @@
 
 namespace million {
 
-// Warps and ring depth (0: codes go into registers); registers bound the warps, shared memory the ring.
+// Warps and ring depth: registers bound the warps, shared memory the ring.
 template <int D, int HG>
 struct Tile {
-  static constexpr int kWarps = HG == 1 ? 16 : 8;
-  static constexpr int kStages = HG == 1 ? 0 : MILLION_SHARED_KIB >= 227 ? 4 : 2;
+  static constexpr bool kLarge = MILLION_SHARED_KIB >= 227;
+  static constexpr int kWarps = HG == 1 ? (kLarge ? 16 : 8) : (kLarge ? 8 : 4);
+  static constexpr int kStages = HG == 1 ? (kLarge ? 3 : 2) : (kLarge ? 4 : 3);
 };
 
 template <int D, int MK, int MV, int HG>
 cudaError_t paged_decode(const PagedDecodeParams& params, int blocks, cudaStream_t stream) {
   using T = PagedDecode<D, MK, MV, HG, Tile<D, HG>::kWarps, Tile<D, HG>::kStages>;
+  static_assert(MILLION_SHARED_KIB < 163 || T::kSharedBytes <= MILLION_SHARED_KIB * 1024, "the tile does not fit");
   if constexpr (T::kSharedBytes > MILLION_SHARED_KIB * 1024) {
     return cudaErrorInvalidConfiguration;
   } else {
     const auto kernel = paged_decode_kernel<T>;
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSharedBytes);
     if (error != cudaSuccess) return error;
-    kernel<<<blocks, T::kThreads, T::kSharedBytes, stream>>>(params);
-    return cudaGetLastError();
+    cudaLaunchAttribute early;  // starts while the kernel ahead drains; ignored before compute capability 9.0
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = MILLION_SHARED_KIB >= 227;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(blocks);
+    config.blockDim = dim3(T::kThreads);
+    config.dynamicSmemBytes = T::kSharedBytes;
+    config.stream = stream;
+    config.attrs = &early;
+    config.numAttrs = 1;
+    return cudaLaunchKernelEx(&config, kernel, params);
   }
 }
 

@@ -26,14 +26,14 @@ struct PagedDecodeParams {
   const void* key_window;       // [B, Hkv, R, D]
   const void* value_window;     // [B, Hkv, R, D]
   int* counters;                // [B * Hkv * head_sets], zero before and after every launch
-  float* partials;              // decode_partials() floats
+  float* partials;              // (grid + B * Hkv * head_sets) * partial_floats()
   float scale;
   int batch, kv_heads, group, head_sets, page_size, residual, table_width;
   int key_table_heads, value_table_heads, key_rotation_heads, value_rotation_heads;
   Dtype dtype;
 };
 
-// Floats of a partial result: HG heads, each D sums, a maximum and a denominator.
-constexpr int64_t partial_floats(int head_dim, int heads) { return int64_t(heads) * (head_dim + 2); }
+// Floats of a partial result: HG heads, each D sums of codes, D of the window, a maximum and a denominator.
+constexpr int64_t partial_floats(int head_dim, int heads) { return int64_t(heads) * (2 * head_dim + 2); }
 
 }  // namespace million

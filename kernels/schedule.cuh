@@ -1,17 +1,16 @@
 // How the work of a launch is dealt to its blocks, from lengths that only the device knows.
 //
-// The unit is a group of 16 tokens of one "set" (sequence, KV head, up to HG of its query heads).  All units stand
-// in one line and block i of n takes the span [i * total / n, (i + 1) * total / n): blocks finish together whatever
-// the lengths are, and with equal lengths and n a multiple of the number of sets, spans end at set boundaries.
-// Each set also counts kWindowUnits for its residual window, done by the block that holds the set's last unit.
-// Example: 32 sets of 252 + 4 units on 128 blocks: 64 units a block, four blocks a set.
+// The unit is a group of 16 tokens of one "set" (sequence, KV head, up to HG of its query heads); a set without codes
+// counts as one.  All units stand in one line and block i of n takes the span [i * total / n, (i + 1) * total / n):
+// blocks finish together whatever the lengths are, and with equal lengths and n a multiple of the number of sets, spans
+// end at set boundaries.  The blocks of a set share its residual window.
+// Example: 32 sets of 256 units on 128 blocks: 64 units a block, four blocks a set.
 #pragma once
 
 #include "decode_params.h"
 
 namespace million {
 
-constexpr int kWindowUnits = 16;  // what a window takes, in groups
 constexpr int kMinUnits = 16;  // fewer are not worth a block's table loads
 
 struct Sequence {
@@ -20,6 +19,7 @@ struct Sequence {
   int first_valid;  // tokens before it are padding
   int first_group;  // groups before it hold padding only
   int groups;       // groups to read
+  __device__ int units() const { return max(groups, 1); }
 };
 
 __device__ __forceinline__ Sequence sequence(const PagedDecodeParams& p, int b) {
@@ -33,19 +33,28 @@ __device__ __forceinline__ Sequence sequence(const PagedDecodeParams& p, int b) 
   return s;
 }
 
+// All in 32 bits: 2^31 units are 34 billion tokens.
 struct Schedule {
-  int64_t total;  // units of the launch
-  int blocks;     // blocks that get any
+  int total;   // units of the launch
+  int blocks;  // blocks that get any
+  int quotient, remainder;
 
   __device__ Schedule(const PagedDecodeParams& p, int grid) {
     total = 0;
-    for (int b = 0; b < p.batch; ++b) total += sequence(p, b).groups + kWindowUnits;
+    for (int b = 0; b < p.batch; ++b) total += sequence(p, b).units();
     total *= p.kv_heads * p.head_sets;
-    const int64_t worth = (total + kMinUnits - 1) / kMinUnits;
-    blocks = worth < grid ? int(worth) : grid;
+    blocks = min(grid, (total + kMinUnits - 1) / kMinUnits);
+    quotient = total / blocks, remainder = total % blocks;
   }
-  __device__ int64_t begin(int block) const { return int64_t(block) * total / blocks; }
-  __device__ int owner(int64_t unit) const { return int(((unit + 1) * blocks - 1) / total); }
+  // i * total / blocks
+  __device__ int begin(int i) const { return i * quotient + i * remainder / blocks; }
+  // The block whose span holds the unit.
+  __device__ int owner(int unit) const {
+    int i = min(int((unit + 0.5f) * (float(blocks) / float(total))), blocks - 1);
+    while (begin(i) > unit) --i;
+    while (begin(i + 1) <= unit) ++i;
+    return i;
+  }
 };
 
 }  // namespace million

@@ -33,9 +33,9 @@ def decode_blocks(sets: int, multiprocessors: int) -> int:
 
 
 def workspace_bytes(sets: int, heads: int, head_dim: int, blocks: int) -> int:
-    """Bytes that a decode launch needs: counters, the partial results of blocks and of windows.
+    """Bytes that a decode launch needs: counters and partial results.
 
     Must agree with the check in kernels/binding.cu.
     """
     counters = -(-sets * 4 // 256) * 256
-    return counters + (blocks + 2 * sets) * heads * (head_dim + 2) * 4
+    return counters + (blocks + sets) * heads * (2 * head_dim + 2) * 4
