@@ -46,3 +46,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) (the first time downloads torch and friends) ..."
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
+
+# Compiles the CUDA sources for one architecture and keeps nothing: needs nvcc, no GPU.
+kernels-check: $(SETUP)
+	$(PY) -m million_cli.ops.build --check
