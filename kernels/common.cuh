@@ -44,6 +44,13 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
+// condition ? yes : no, in registers: of several choices among array elements the compiler makes a table in memory.
+__device__ __forceinline__ float select(bool condition, float yes, float no) {
+  float out;
+  asm("{.reg .pred p; setp.ne.u32 p, %3, 0; selp.f32 %0, %1, %2, p;}" : "=f"(out) : "f"(yes), "f"(no), "r"(uint32_t(condition)));
+  return out;
+}
+
 // Copies BYTES (8 or 16) from global to shared memory; the thread sees them after cp_async_wait.
 template <int BYTES>
 __device__ __forceinline__ void cp_async(void* shared, const void* global) {

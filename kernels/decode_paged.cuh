@@ -5,8 +5,10 @@
 //   scores  A = keys.  A register of the operand is two adjacent dims of one token, which is (a word of) a centroid,
 //           so a lookup fills it.  Row r uses the subspaces in the order x ^ r (layout.cuh): lookups of a warp fall in
 //           32 banks.  Column n of B holds q in the order of row n, so the score of row r is at column r (mod 8) of C;
-//           the other products are the price of conflict-free lookups.  For several query heads, head h's columns
-//           are permuted by ^ 2h: then lane (g, t) finds the scores of tokens g, g + 8 for head t ^ (g >> 1).
+//           the other products are the price of conflict-free lookups.
+//           For four query heads, rows r and r ^ 4 are brought to the same order by swapping two registers of the
+//           upper lanes; then the eight columns serve two heads, 4 * (head & 1) + order, and the second pair's orders
+//           are permuted by ^ 2, so that each lane finds two scores of one head, `my_head`.
 //   values  A = values, rows = dims or subspaces, k = tokens; columns of B hold the probabilities of one lane slot t
 //           each (the slots order their subspaces differently), and the slots are added once at the end.
 // Sums and softmax state are fp32, exponents base 2; probabilities are fp16 scaled by up to 2^15.
@@ -40,7 +42,8 @@ struct PagedDecode {
   static constexpr int kSideBytes = kStash && kRowsBytes > kRotationBytes ? kRowsBytes : kRotationBytes;
   static constexpr int kSharedBytes = kTableBytes + kScratchBytes + kSideBytes + HG * D * 2 + 4 * WARPS * HG * 4;
   static constexpr int kTiles = D / 16;   // score instructions a head and group
-  static constexpr bool kPairs = HG > 1;  // value instructions serve two heads, tokens packed in pairs
+  static_assert(HG == 1 || HG == 4, "heads of a block");
+  static constexpr bool kPairs = HG > 1;  // operands serve two heads; tokens of values packed in pairs
   static constexpr int kSums = kPairs ? HG / 2 * kTiles : D / 32;
 };
 
@@ -304,9 +307,17 @@ struct PagedDecodeBlock {
     }
   };
 
+  // Score operands of a warp: columns of one head, or of two.
+  static constexpr int kColumns = T::kPairs ? HG / 2 : 1;
+  static constexpr int kHeadMask = T::kPairs ? 16 : 18;  // with 4 and 9: lanes that share a head differ by these
+
+  // First and second unit of score instruction i (dsub 2).  For pairs, the second is in the other half of the banks.
+  __device__ static constexpr int first_unit(int i) { return T::kPairs ? i % 4 + 8 * (i / 4) : i; }
+  __device__ static constexpr int second_unit(int i) { return T::kPairs ? first_unit(i) + 4 : i + T::kTiles; }
+
   // What a warp carries from group to group.
   struct State {
-    uint32_t query[HG][2 * T::kTiles];  // register j of a head serves score instruction j / 2
+    uint32_t query[kColumns][2 * T::kTiles];  // registers 2i and 2i + 1 serve score instruction i
     float sums[T::kSums][4];
     float offset = -1e30f;  // log2 of the unit of the probabilities of my_head
     float denominator = 0.f;
@@ -315,40 +326,72 @@ struct PagedDecodeBlock {
   static constexpr int kKeyOffsets = K::kDsub == 2 ? 8 : 4;
   static constexpr int kValueOffsets = V::kMask + 1;
 
-  __device__ __forceinline__ void score(float (&scores)[HG][4], const uint32_t* codes, const State& state,
+  __device__ __forceinline__ void load_operand(State& state) const {
+    const uint32_t* q_words = reinterpret_cast<const uint32_t*>(q_shared);
+    // Heads 2c and 2c + 1 in columns 0-3 and 4-7, or one head.
+    state.my_head = T::kPairs ? 2 * ((t & 1) ^ ((g >> 1) & 1)) + (t >> 1) : t ^ (g >> 1);
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const int hg = T::kPairs ? 2 * c + (g >> 2) : 0;
+      const int order = T::kPairs ? (g & 3) ^ (2 * c) : g;
+#pragma unroll
+      for (int i = 0; i < T::kTiles; ++i)
+#pragma unroll
+        for (int high = 0; high < 2; ++high) {
+          const int word = K::kDsub == 2 ? K::subspace(high ? second_unit(i) : first_unit(i), order, t)
+                                         : 2 * K::subspace(i, order, t) + high;
+          state.query[c][2 * i + high] = q_words[hg * D / 2 + word];
+        }
+    }
+  }
+
+  __device__ __forceinline__ void score(float (&scores)[kColumns][4], const uint32_t* codes, const State& state,
                                         const RowOffsets<kKeyOffsets>& offsets) const {
 #pragma unroll
-    for (int hg = 0; hg < HG; ++hg) scores[hg][0] = scores[hg][1] = scores[hg][2] = scores[hg][3] = 0.f;
+    for (int c = 0; c < kColumns; ++c) scores[c][0] = scores[c][1] = scores[c][2] = scores[c][3] = 0.f;
 #pragma unroll
     for (int i = 0; i < T::kTiles; ++i) {
       uint32_t a[4];
       if constexpr (K::kDsub == 2) {
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
-          const int x = i + (r >> 1) * T::kTiles;
-          a[r] = word(offsets.address(codes[i], r, x & 7) + (x >> 3) * 128);
+          const int x = r & 2 ? second_unit(i) : first_unit(i);
+          const int at = K::byte(x, r & 1);
+          a[r] = word(offsets.address(codes[at / 4], at % 4, x & 7) + (x >> 3) * 128);
+        }
+        if constexpr (T::kPairs) {  // lanes of rows 4-7 looked the units up in the other order
+          const bool swap = g & 4;
+          const uint32_t a0 = a[0], a1 = a[1];
+          a[0] = swap ? a[2] : a0, a[1] = swap ? a[3] : a1;
+          a[2] = swap ? a0 : a[2], a[3] = swap ? a1 : a[3];
         }
       } else {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const uint2 entry = pair(offsets.address(codes[i / 2], 2 * (i & 1) + half, i & 3) + (i >> 2) * 128);
+          const int at = K::byte(i, half);
+          const uint2 entry = pair(offsets.address(codes[at / 4], at % 4, i & 3) + (i >> 2) * 128);
           a[half] = entry.x, a[half + 2] = entry.y;
         }
       }
 #pragma unroll
-      for (int hg = 0; hg < HG; ++hg)
-        mma(scores[hg], a[0], a[1], a[2], a[3], state.query[hg][2 * i], state.query[hg][2 * i + 1]);
+      for (int c = 0; c < kColumns; ++c)
+        mma(scores[c], a[0], a[1], a[2], a[3], state.query[c][2 * i], state.query[c][2 * i + 1]);
     }
   }
 
   // Scores -> this lane's two probabilities (tokens g and g + 8 of my_head) as halves; rescales the sums if need be.
-  __device__ __forceinline__ uint32_t soften(const float (&scores)[HG][4], State& state, int token, int first_valid) const {
-    float s0 = -INFINITY, s1 = -INFINITY;
+  __device__ __forceinline__ uint32_t soften(const float (&scores)[kColumns][4], State& state, int token,
+                                             int first_valid) const {
+    float s0 = select(g & 1, scores[0][1], scores[0][0]), s1 = select(g & 1, scores[0][3], scores[0][2]);
+    if constexpr (T::kPairs) {
 #pragma unroll
-    for (int hg = 0; hg < HG; ++hg) {
-      const float low = g & 1 ? scores[hg][1] : scores[hg][0], high = g & 1 ? scores[hg][3] : scores[hg][2];
-      s0 = state.my_head == hg ? low : s0;
-      s1 = state.my_head == hg ? high : s1;
+      for (int c = 1; c < kColumns; ++c) {
+        const bool here = state.my_head >> 1 == c;
+        s0 = select(here, select(g & 1, scores[c][1], scores[c][0]), s0);
+        s1 = select(here, select(g & 1, scores[c][3], scores[c][2]), s1);
+      }
+    } else if (state.my_head != 0) {
+      s0 = s1 = -INFINITY;
     }
     if (token < first_valid) {  // the same for all lanes: only a sequence's first group can hold padding
       if (token + g < first_valid) s0 = -INFINITY;
@@ -360,14 +403,15 @@ struct PagedDecodeBlock {
       float top = fmaxf(s0, s1) * log_scale;
       top = fmaxf(top, __shfl_xor_sync(kFull, top, 4));  // lanes of one head differ by these masks
       top = fmaxf(top, __shfl_xor_sync(kFull, top, 9));
-      top = fmaxf(top, __shfl_xor_sync(kFull, top, 18));
+      top = fmaxf(top, __shfl_xor_sync(kFull, top, kHeadMask));
       const float next = fmaxf(state.offset, top - kHeadroom);
       const float factor = exp2_approx(state.offset - next);
       state.offset = next;
       state.denominator *= factor;
 #pragma unroll
       for (int i = 0; i < T::kSums; ++i) {
-        const float f = __shfl_sync(kFull, factor, T::kPairs ? 2 * (i / T::kTiles) + (t >> 1) : 0);
+        // Of a lane of the head whose sums these are: 2 * (i / kTiles) + (t >> 1).
+        const float f = __shfl_sync(kFull, factor, T::kPairs ? i / T::kTiles + 2 * (t >> 1) : 0);
         float(&sum)[4] = state.sums[i];
         sum[0] *= f, sum[1] *= f, sum[2] *= f, sum[3] *= f;
       }
@@ -384,13 +428,13 @@ struct PagedDecodeBlock {
                                              const RowOffsets<kValueOffsets>& offsets) const {
     if constexpr (T::kPairs) {
       // Lanes with (g & 3) == t hold column g of B: head 2 * pair + (g >> 2), tokens 2t, 2t + 1 (and + 8).
-      const int source = 8 * t + ((g >> 2) ^ t);
+      const int source = 8 * t + 2 * (g >> 2) + (t & 1);
       const uint32_t keep = (g & 3) == t ? ~0u : 0u;
       uint32_t b[HG / 2][2];
 #pragma unroll
       for (int i = 0; i < HG / 2; ++i) {
-        const uint32_t even = __shfl_sync(kFull, mine, source ^ (2 * i));
-        const uint32_t odd = __shfl_sync(kFull, mine, (source ^ (2 * i)) + 4);
+        const uint32_t even = __shfl_sync(kFull, mine, source ^ i);
+        const uint32_t odd = __shfl_sync(kFull, mine, (source ^ i) + 4);
         b[i][0] = __byte_perm(even, odd, 0x5410) & keep;
         b[i][1] = __byte_perm(even, odd, 0x7632) & keep;
       }
@@ -468,18 +512,7 @@ struct PagedDecodeBlock {
     __syncthreads();
 
     State state;
-    state.my_head = t ^ (g >> 1);
-    const uint32_t* q_words = reinterpret_cast<const uint32_t*>(q_shared);
-#pragma unroll
-    for (int hg = 0; hg < HG; ++hg)
-#pragma unroll
-      for (int i = 0; i < T::kTiles; ++i)
-#pragma unroll
-        for (int high = 0; high < 2; ++high) {
-          const int word = K::kDsub == 2 ? K::subspace(i + high * T::kTiles, g ^ (2 * hg), t)
-                                         : 2 * K::subspace(i, g ^ (2 * hg), t) + high;
-          state.query[hg][2 * i + high] = q_words[hg * D / 2 + word];
-        }
+    load_operand(state);
     const RowOffsets<kKeyOffsets> key_offsets([&](int x) { return K::kEntryBytes * K::subspace(x, g, t); });
     const RowOffsets<kValueOffsets> value_offsets([&](int x) { return V::kEntryBytes * V::subspace(x, g, t); });
 #pragma unroll
@@ -495,7 +528,7 @@ struct PagedDecodeBlock {
       cp_async_wait<T::STAGES - 2>();
       uint32_t key_codes[K::kLaneBytes / 4];
       load_codes<K>(key_codes, ring + read);
-      float scores[HG][4];
+      float scores[kColumns][4];
       score(scores, key_codes, state, key_offsets);
       accumulate(state, value_codes, probabilities, value_offsets);
       load_codes<V>(value_codes, ring + read + K::kGroupBytes);
@@ -559,7 +592,7 @@ struct PagedDecodeBlock {
     constexpr int kMask = V::kMask, kWords = V::kDsub / 2;
     denominator += __shfl_xor_sync(kFull, denominator, 4);
     denominator += __shfl_xor_sync(kFull, denominator, 9);
-    denominator += __shfl_xor_sync(kFull, denominator, 18);
+    denominator += __shfl_xor_sync(kFull, denominator, kHeadMask);
     if (g == 0 && my_head < HG) {
       warp_max[warp * HG + my_head] = offset;
       warp_sum[warp * HG + my_head] = denominator;

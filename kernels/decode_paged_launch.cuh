@@ -15,8 +15,8 @@ namespace million {
 template <int D, int HG>
 struct Tile {
   static constexpr bool kLarge = MILLION_SHARED_KIB >= 227;
-  static constexpr int kWarps = HG == 1 ? (kLarge ? 16 : 8) : (kLarge ? 8 : 4);
-  static constexpr int kStages = HG == 1 ? (kLarge ? 3 : 2) : (kLarge ? 4 : 3);
+  static constexpr int kWarps = HG == 1 ? (kLarge ? 16 : 8) : (kLarge ? 12 : 4);
+  static constexpr int kStages = HG == 1 && !kLarge ? 2 : 3;
 };
 
 template <int D, int MK, int MV, int HG>
