@@ -19,6 +19,7 @@ from million_cli.text import TextConfig
 CACHES = ("dense", "contiguous", "paged")
 QUANTIZERS = ("dense", "pq")
 TRAINERS = ("torch", "faiss")
+SEEDINGS = ("kmeans++", "random")
 STAGES = ("baseline", "sample", "train", "evaluate", "bench")
 
 
@@ -63,7 +64,7 @@ class SideConfig:
     Attributes:
         M: subspaces; null makes each `dsub` dimensions wide, whatever the model's head_dim.
         nbits: of a code.
-        rotation: what is applied after RoPE: `none` or `hadamard`.
+        rotation: what is applied after RoPE: `none`, `hadamard` or `opq` (fitted a layer and KV head).
     """
 
     M: int | None = None
@@ -89,17 +90,20 @@ class QuantizerConfig:
     Attributes:
         kind: `dense` (not at all) or `pq`.
         scope: one codebook for all (`merged`), per `layer`, or per layer and KV `head`.
+        seeding: of k-means: `kmeans++`, or `random` as FAISS does it.
     """
 
     name: str = "dense"
     kind: str = "dense"
     scope: str = "head"
+    seeding: str = "kmeans++"
     keys: SideConfig = field(default_factory=SideConfig)
     values: SideConfig = field(default_factory=SideConfig)
 
     def __post_init__(self) -> None:
         check("quantizer.kind", self.kind, QUANTIZERS)
         check("quantizer.scope", self.scope, SCOPES)
+        check("quantizer.seeding", self.seeding, SEEDINGS)
 
     def spec(self, head_dim: int) -> PQSpec:
         return PQSpec(self.keys.spec(head_dim), self.values.spec(head_dim))
@@ -161,16 +165,19 @@ class TrainConfig:
     Attributes:
         trainer: `torch` (batched, any device) or `faiss`.
         iterations: of k-means.
+        alternations: of k-means and rotation, where the rotation is `opq`; 0 is its parametric form.
         max_samples_per_centroid: more samples than this times C are thinned at random.
     """
 
     trainer: str = "torch"
     iterations: int = 25
+    alternations: int = 0
     max_samples_per_centroid: int = 256
 
     def __post_init__(self) -> None:
         check("train.trainer", self.trainer, TRAINERS)
         at_least("train.iterations", self.iterations, 1)
+        at_least("train.alternations", self.alternations, 0)
         at_least("train.max_samples_per_centroid", self.max_samples_per_centroid, 1)
 
 

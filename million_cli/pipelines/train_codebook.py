@@ -77,9 +77,11 @@ def train(session: Session) -> Path:
                 TrainSpec(
                     scope=quantizer.scope,  # type: ignore[arg-type]  # checked by the configuration
                     trainer=config.train.trainer,  # type: ignore[arg-type]
+                    seeding=quantizer.seeding,  # type: ignore[arg-type]
                     key_rotation=quantizer.keys.rotation,
                     value_rotation=quantizer.values.rotation,
                     iterations=config.train.iterations,
+                    alternations=config.train.alternations,
                     seed=config.seed,
                     max_samples_per_centroid=config.train.max_samples_per_centroid,
                     device=str(session.device),
@@ -106,4 +108,5 @@ def codebook_metrics(codebook: Codebook, path: Path) -> dict[str, Any]:
         "calibration_tokens": meta.tokens,
         "samples": meta.samples,
         "trainer": meta.trainer,
+        "seeding": meta.seeding,
     }

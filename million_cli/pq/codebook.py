@@ -107,6 +107,7 @@ class CodebookMeta:
     value_rotation: str
     key_error: list[list[float]]
     value_error: list[list[float]]
+    alternations: int = 0
     versions: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:

@@ -40,24 +40,35 @@ def kmeans(
     iterations: int = 25,
     seed: int = 0,
     seeding: Seeding = "kmeans++",
+    initial: Tensor | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """Centroids of N independent problems: samples [N, n, dsub] (n >= 1, finite) -> float32 [N, C, dsub].
 
-    Runs on the device of the samples, in float32, in chunks of problems, so that working memory is bounded.
+    `initial` [N, C, dsub] are centroids to go on from, instead of seeds.  Runs on the device of the samples,
+    in float32, in chunks of problems, so that working memory is bounded.
     On a CPU the same seed and number of threads give the same bits.
     """
     N, n, dsub = samples.shape
     centroids = torch.empty(N, C, dsub, device=samples.device)
-    step = max(1, _CHUNK_SAMPLES["cpu" if samples.device.type == "cpu" else "cuda"] // n)
+    step = max(1, _chunk_samples(samples.device) // n)
     for start in range(0, N, step):
         chunk = samples[start : start + step].float()
         # Distances are expanded into products, which is accurate near the origin.
         mean = chunk.mean(1, keepdim=True)
-        centroids[start : start + step] = mean + _lloyd(chunk - mean, C, iterations, seed, seeding)
+        x = chunk - mean
+        if initial is None:
+            first = seed_centroids(x, C, seed, seeding)
+        else:
+            first = initial[start : start + step].to(x) - mean
+        centroids[start : start + step] = mean + _lloyd(x, first, iterations, seed)
         if progress:
             progress(len(chunk))
     return centroids
+
+
+def _chunk_samples(device: torch.device) -> int:
+    return _CHUNK_SAMPLES["cpu" if device.type == "cpu" else "cuda"]
 
 
 def seed_centroids(x: Tensor, C: int, seed: int, seeding: Seeding = "kmeans++") -> Tensor:
@@ -95,11 +106,31 @@ def seed_centroids(x: Tensor, C: int, seed: int, seeding: Seeding = "kmeans++") 
     return seeds.permute(1, 2, 0).contiguous()
 
 
-def _lloyd(x: Tensor, C: int, iterations: int, seed: int, seeding: Seeding) -> Tensor:
-    """Lloyd's iterations: x [G, n, dsub] near the origin -> [G, C, dsub]."""
-    G, n, dsub = x.shape
-    centroids = seed_centroids(x, C, seed, seeding)
-    augmented = torch.cat([x, x.new_ones(G, n, 1), x.square().sum(2, keepdim=True) / 2], 2)
+def assign(samples: Tensor, centroids: Tensor) -> Tensor:
+    """Index of a nearest centroid of samples [N, n, dsub] among [N, C, dsub] -> int64 [N, n].
+
+    As exact as k-means needs it (see `near_argmin`), and faster than the codec's definition.
+    """
+    assigned = torch.empty(samples.shape[:2], dtype=torch.int64, device=samples.device)
+    step = max(1, _chunk_samples(samples.device) // samples.shape[1])
+    for start in range(0, len(samples), step):
+        chunk = samples[start : start + step].float()
+        mean = chunk.mean(1, keepdim=True)
+        assigned[start : start + step] = _assign(
+            _augment(chunk - mean), centroids[start : start + step] - mean
+        )
+    return assigned
+
+
+def _augment(x: Tensor) -> Tensor:
+    """x [G, n, dsub] with its factors of `_assign`: [G, n, dsub + 2]."""
+    return torch.cat([x, x.new_ones(*x.shape[:2], 1), x.square().sum(2, keepdim=True) / 2], 2)
+
+
+def _lloyd(x: Tensor, centroids: Tensor, iterations: int, seed: int) -> Tensor:
+    """Lloyd's iterations from centroids [G, C, dsub]: x [G, n, dsub] near the origin -> [G, C, dsub]."""
+    G, C, dsub = centroids.shape
+    augmented = _augment(x)
     first_row = torch.arange(0, G * C, C, device=x.device)[:, None]
     generator = torch.Generator().manual_seed(seed + 1)
     for _ in range(iterations):

@@ -4,21 +4,39 @@ Convention: a rotation is a tensor R [D, D] with orthonormal rows, and x_rot = x
 keys alike leaves scores unchanged, (q R)(k R)^T = q k^T; rotated values are undone once on the attention
 output, o = o_rot @ R^T.  RoPE comes first: what is rotated is what the cache stores.
 
-A method is one function in `ROTATIONS`: it sees the samples [L, Hkv, n, D] of one side and returns
-[Lr, Hr, D, D] with Lr in {1, L} and Hr in {1, Hkv}, or None for no rotation.
+A method is one function in `ROTATIONS`: it sees the samples [L, Hkv, n, D] of one side and the circumstances
+(`Fit`), and returns [Lr, Hr, D, D] with Lr in {1, L} and Hr in {1, Hkv}, or None for no rotation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from million_cli.errors import UserError
-from million_cli.spec import CodeSpec
+from million_cli.pq.opq import optimised_rotation
+from million_cli.spec import CodeSpec, Scope
 
-RotationMethod = Callable[[Tensor, CodeSpec, int], Tensor | None]
+
+@dataclass(frozen=True)
+class Fit:
+    """What a rotation is fitted for.
+
+    scope: which layers and heads share centroids; alternations: with k-means, if the method has them;
+    max_samples: a head is represented by at most that many samples, chosen at random; device: where it runs.
+    """
+
+    scope: Scope = "head"
+    alternations: int = 0
+    max_samples: int = 1 << 16
+    seed: int = 0
+    device: str = "cpu"
+
+
+RotationMethod = Callable[[Tensor, CodeSpec, Fit], Tensor | None]
 
 
 def rotate(x: Tensor, rotation: Tensor | None) -> Tensor:
@@ -31,15 +49,15 @@ def unrotate(x: Tensor, rotation: Tensor | None) -> Tensor:
     return x if rotation is None else x @ rotation.to(x.dtype).transpose(-1, -2)
 
 
-def fit_rotation(method: str, samples: Tensor, spec: CodeSpec, seed: int) -> Tensor | None:
-    """The rotation that `method` makes for samples [L, Hkv, n, D]: float32 [Lr, Hr, D, D] or None.
+def fit_rotation(method: str, samples: Tensor, spec: CodeSpec, fit: Fit) -> Tensor | None:
+    """The rotation that `method` makes for samples [L, Hkv, n, D]: float32 [Lr, Hr, D, D] on the CPU or None.
 
     Raises:
         UserError: an unknown method.
     """
     if method not in ROTATIONS:
         raise UserError(f"rotation={method}: accepted are {', '.join(ROTATIONS)}")
-    return ROTATIONS[method](samples, spec, seed)
+    return ROTATIONS[method](samples, spec, fit)
 
 
 def random_hadamard(D: int, seed: int) -> Tensor:
@@ -62,12 +80,33 @@ def random_orthogonal(D: int, generator: torch.Generator) -> Tensor:
     return q * r.diagonal().sign()
 
 
-def _none(samples: Tensor, spec: CodeSpec, seed: int) -> Tensor | None:
+def _none(samples: Tensor, spec: CodeSpec, fit: Fit) -> Tensor | None:
     return None
 
 
-def _hadamard(samples: Tensor, spec: CodeSpec, seed: int) -> Tensor | None:
-    return random_hadamard(spec.head_dim, seed).float()[None, None]
+def _hadamard(samples: Tensor, spec: CodeSpec, fit: Fit) -> Tensor | None:
+    return random_hadamard(spec.head_dim, fit.seed).float()[None, None]
 
 
-ROTATIONS: dict[str, RotationMethod] = {"none": _none, "hadamard": _hadamard}
+def _opq(samples: Tensor, spec: CodeSpec, fit: Fit) -> Tensor | None:
+    """One rotation a layer and head, in the light of who shares its centroids."""
+    L, Hkv, n, _ = samples.shape
+    if n > fit.max_samples:
+        rows = torch.randperm(n, generator=torch.Generator().manual_seed(fit.seed))[: fit.max_samples]
+        samples = samples[:, :, rows.to(samples.device)]
+
+    def rotations(heads: Tensor) -> Tensor:
+        return optimised_rotation(
+            heads.to(fit.device),
+            spec,
+            shared=fit.scope != "head",
+            alternations=fit.alternations,
+            seed=fit.seed,
+        ).cpu()
+
+    if fit.scope == "merged":
+        return rotations(samples.flatten(0, 1)).unflatten(0, (L, Hkv))
+    return torch.stack([rotations(layer) for layer in samples])
+
+
+ROTATIONS: dict[str, RotationMethod] = {"none": _none, "hadamard": _hadamard, "opq": _opq}

@@ -16,7 +16,7 @@ from million_cli.pq.codebook import Codebook, CodebookMeta, LayerPQ, ProductQuan
 from million_cli.pq.codec import decode, encode
 from million_cli.pq.faiss_kmeans import faiss_kmeans, import_faiss
 from million_cli.pq.kmeans import SEEDINGS, Seeding, kmeans
-from million_cli.pq.rotation import ROTATIONS, fit_rotation, rotate
+from million_cli.pq.rotation import ROTATIONS, Fit, fit_rotation, rotate
 from million_cli.spec import SCOPES, CodeSpec, ModelFingerprint, PQSpec, Scope
 
 Trainer = Literal["torch", "faiss"]
@@ -33,6 +33,7 @@ class TrainSpec:
 
     scope: which layers and heads share centroids; trainer: which k-means; seeding: its seeds (random and 25
     iterations are FAISS's defaults); rotations: a method of `rotation.ROTATIONS` for each side;
+    alternations: of k-means (torch's) and rotation, for opq; 0 leaves it at its parametric form;
     max_samples_per_centroid: a problem uses at most about this times C samples, chosen at random (256 is
     FAISS's limit too); device: where k-means runs.
 
@@ -45,6 +46,7 @@ class TrainSpec:
     seeding: Seeding = "kmeans++"
     key_rotation: str = "none"
     value_rotation: str = "none"
+    alternations: int = 0
     iterations: int = 25
     max_samples_per_centroid: int = 256
     seed: int = 0
@@ -63,8 +65,15 @@ class TrainSpec:
         for name in ("iterations", "max_samples_per_centroid"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: accepted are numbers from 1")
+        if self.alternations < 0:
+            raise UserError(f"alternations={self.alternations}: accepted are numbers from 0")
         if self.trainer == "faiss":
             import_faiss()
+
+    def fit(self, spec: CodeSpec) -> Fit:
+        """What a rotation of codes of `spec` is fitted for."""
+        most = self.max_samples_per_centroid * spec.C
+        return Fit(self.scope, self.alternations, most, self.seed, self.device)
 
 
 def train_codebook(
@@ -108,7 +117,7 @@ def train_codebook(
             samples,
             side,
             train,
-            rotation=fit_rotation(rotation, samples, side, train.seed),
+            rotation=fit_rotation(rotation, samples, side, train.fit(side)),
             progress=_shifted(progress, before, sum(problems.values())),
         )
         before += problems[name]
@@ -122,6 +131,7 @@ def train_codebook(
         trainer=train.trainer,
         seeding=train.seeding,
         iterations=train.iterations,
+        alternations=train.alternations,
         key_rotation=train.key_rotation,
         value_rotation=train.value_rotation,
         key_error=errors["keys"],

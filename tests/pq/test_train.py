@@ -163,7 +163,7 @@ def test_bad_samples_are_refused(spoil, message):
         ({"scope": "all"}, "scope=all: accepted are merged, layer, head"),
         ({"trainer": "numpy"}, "trainer=numpy: accepted are torch, faiss"),
         ({"seeding": "pca"}, r"seeding=pca: accepted are kmeans\+\+, random"),
-        ({"key_rotation": "haar"}, "key_rotation=haar: accepted are none, hadamard"),
+        ({"key_rotation": "haar"}, "key_rotation=haar: accepted are none, hadamard, opq"),
         ({"iterations": 0}, "iterations=0: accepted are numbers from 1"),
         ({"max_samples_per_centroid": 0}, "max_samples_per_centroid=0"),
     ],
