@@ -735,18 +735,20 @@ __global__ void __launch_bounds__(T::kThreads, 1) paged_decode_kernel(const __gr
       if (first < last) loaded = h;
       block.attend(s, b, h, sub, first, last, blockIdx.x - from, count, needs_tables,
                    p.partials + (int64_t(blockIdx.x) + id) * stride);
-      __threadfence();
-      __syncthreads();
-      if (threadIdx.x == 0) {
-        const int arrived = atomicAdd(p.counters + id, 1);
-        *block.flag = arrived == count - 1;
-        if (arrived == count - 1) p.counters[id] = 0;
-      }
-      __syncthreads();
-      if (*block.flag) {
+      bool last_of_set = true;
+      if (count > 1) {
         __threadfence();
-        block.reduce(b, h, sub, p.partials + (int64_t(from) + id) * stride, count);
+        __syncthreads();
+        if (threadIdx.x == 0) {
+          const int arrived = atomicAdd(p.counters + id, 1);
+          *block.flag = arrived == count - 1;
+          if (arrived == count - 1) p.counters[id] = 0;
+        }
+        __syncthreads();
+        last_of_set = *block.flag;
+        __threadfence();
       }
+      if (last_of_set) block.reduce(b, h, sub, p.partials + (int64_t(from) + id) * stride, count);
       unit = stop;
     }
     base = next;

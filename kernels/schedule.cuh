@@ -11,7 +11,7 @@
 
 namespace million {
 
-constexpr int kMinUnits = 16;  // fewer are not worth a block's table loads
+constexpr int kMinUnits = 8;  // fewer are not worth a block's table loads
 
 struct Sequence {
   int length;
@@ -40,10 +40,13 @@ struct Schedule {
   int quotient, remainder;
 
   __device__ Schedule(const PagedDecodeParams& p, int grid) {
+    const int sets_of_sequence = p.kv_heads * p.head_sets, sets = p.batch * sets_of_sequence;
     total = 0;
     for (int b = 0; b < p.batch; ++b) total += sequence(p, b).units();
-    total *= p.kv_heads * p.head_sets;
-    blocks = min(grid, (total + kMinUnits - 1) / kMinUnits);
+    total *= sets_of_sequence;
+    blocks = grid;
+    const int worth = total / kMinUnits;
+    if (worth < grid) blocks = worth < sets ? min(sets, grid) : worth - worth % sets;
     quotient = total / blocks, remainder = total % blocks;
   }
   // i * total / blocks

@@ -1,8 +1,8 @@
 """Compiling the CUDA sources with nvcc, into a cache, at first use or ahead of time.
 
-A library is keyed by everything it is made of: the sources, the flags, the compiler, torch and the architectures.
-So a change of any of them is a new entry and nothing is ever overwritten.  Two processes that want the same
-library wait for one another on a lock; an entry that is incomplete or altered is built again.
+A library is keyed by all it is made of: sources, flags, compiler, torch and architectures.  So a change of any
+of them is a new entry and nothing is ever overwritten.  Two processes that want the same library wait for one
+another on a lock; an entry that is incomplete or altered is built again.
 
 `python -m million_cli.ops.build --check` compiles everything for one architecture without keeping it.
 """
@@ -44,7 +44,7 @@ _FLAGS = (
 _LIBRARY = "libmillion_kernels.so"
 
 
-class KernelsUnavailable(RuntimeError):
+class KernelsUnavailable(RuntimeError):  # noqa: N818
     """Why this process cannot have the compiled kernels, in one line."""
 
 
@@ -72,6 +72,14 @@ def sources_digest(files: Iterable[Path] | None = None, root: Path | None = None
     for path in source_files() if files is None else sorted(files):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+def suite_digest() -> str:
+    """sha256 of what a record of the GPU suite is about: the CUDA sources and the Python that calls them."""
+    here = Path(__file__).parent
+    names = ("build", "compiled", "dispatch", "fragment", "heuristics")
+    python = sources_digest([here / f"{name}.py" for name in names], here)
+    return hashlib.sha256((sources_digest() + python).encode()).hexdigest()
 
 
 @cache
@@ -181,7 +189,7 @@ def build(
     Libraries already in the cache are left as they are unless `force`.
 
     Raises:
-        KernelsUnavailable: no nvcc, no GPU where none was named, or a compile that failed (its output is shown).
+        KernelsUnavailable: no nvcc, no GPU where none was named, or a failed compile (with its output).
     """
     targets = (
         [Target(device_architectures())] if architectures is None else [Target((a,)) for a in architectures]
@@ -202,8 +210,8 @@ def _build(target: Target, show_progress: bool, force: bool) -> Path:
                 f"-l{name}" for name in ("torch", "torch_cpu", "torch_cuda", "c10") if _has(libraries, name)
             ]
             # The dependency on libtorch is recorded, so that the library loads in any order.
-            _run([compiler()[0], "-shared", "-o", str(library), *map(str, objects), f"-L{libraries}"]
-                 + ["-Xlinker=--no-as-needed", *needed])  # fmt: skip
+            link = [compiler()[0], "-shared", "-o", str(library), *map(str, objects)]
+            _run([*link, f"-L{libraries}", "-Xlinker=--no-as-needed", *needed])
             record = {
                 "sha256": hashlib.sha256(library.read_bytes()).hexdigest(),
                 "architectures": target.architectures,

@@ -1,10 +1,10 @@
 """The compiled ops: their schemas, fake implementations and the functions that call them.
 
-The ops exist (`torch.ops.million.*`) as soon as this module is imported, so that `torch.compile` and `opcheck`
-know them; they run once `load()` has brought the library in.  All of them write into tensors they are given,
+The ops exist (`torch.ops.million.*`) as soon as this module is imported, so that `torch.compile` and
+`opcheck` know them; they run once `load()` has brought the library in.  All of them write into tensors they are given,
 allocate nothing and never synchronise: lengths are read on the device, so a CUDA graph can hold them.
 
-Letters: B batch, Hq/Hkv heads, G = Hq / Hkv, T tokens, D head_dim, M subspaces, P page size, R residual window.
+Letters: B batch, Hq/Hkv heads, T tokens, D head_dim, M subspaces, P page size, R residual window.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from million_cli.ops.build import KernelsUnavailable, Target, build, device_arch
 _LIBRARY = torch.library.Library("million", "DEF")
 
 _LIBRARY.define(
-    "pq_encode(Tensor x, Tensor centroids, Tensor? rotation, Tensor(a!) codes, Tensor? block_table, int start, "
-    "int page_size, int layout) -> ()"
+    "pq_encode(Tensor x, Tensor centroids, Tensor? rotation, Tensor(a!) codes, Tensor? block_table, "
+    "int start, int page_size, int layout) -> ()"
 )
 _LIBRARY.define(
     "append(Tensor keys, Tensor values, Tensor lengths, Tensor(a!) key_window, Tensor(b!) value_window, "
@@ -33,9 +33,9 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "paged_decode(Tensor q, Tensor key_pool, Tensor value_pool, Tensor block_table, Tensor lengths, "
-    "Tensor? first_valid, Tensor key_table, Tensor value_table, Tensor? key_rotation, Tensor? value_rotation, "
-    "Tensor key_window, Tensor value_window, Tensor(a!) workspace, Tensor(b!) out, float scale, int page_size, "
-    "int heads, int blocks) -> ()"
+    "Tensor? first_valid, Tensor key_table, Tensor value_table, Tensor? key_rotation, "
+    "Tensor? value_rotation, Tensor key_window, Tensor value_window, Tensor(a!) workspace, Tensor(b!) out, "
+    "float scale, int page_size, int heads, int blocks) -> ()"
 )
 
 

@@ -7,7 +7,7 @@ MIN_FILL = 0.9
 
 
 def heads_per_block(group: int) -> int:
-    """Query heads that share a block's lookups: 1 without GQA, else 4 (a larger group takes several blocks)."""
+    """Query heads that share a block's lookups: 1 without GQA, else 4 (larger groups take several)."""
     assert group >= 1
     return 1 if group == 1 else 4
 
@@ -23,7 +23,7 @@ def decode_blocks(sets: int, multiprocessors: int) -> int:
     A block loads one head's tables; where its span crosses into another head it loads again.  So blocks are a
     multiple or a divisor of the sets if that leaves at most a tenth of the multiprocessors idle.
 
-    Example: 32 sets on 132 multiprocessors -> 128 (four blocks a set); 3 sets -> 132; 256 -> 128 (two sets each).
+    Example, 132 multiprocessors: 32 sets -> 128 (four blocks a set); 3 -> 132; 256 -> 128 (two sets each).
     """
     assert sets >= 1
     assert multiprocessors >= 1

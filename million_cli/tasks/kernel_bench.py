@@ -1,16 +1,19 @@
 """`million bench kernel`: decode attention over codes beside torch's dense attention, in one run, as rows.
 
-Each case is captured once in a CUDA graph that goes through several distinct buffers, more than the L2 holds, so
-that every launch reads device memory.  A replay is timed with events; the figures are per launch.
+Each case is captured once in a CUDA graph that goes through several distinct buffers, more than the L2 holds,
+so that every launch reads device memory.  A replay is timed with events; the figures are per launch.
 """
 
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,8 +24,8 @@ from million_cli.ops.fragment import FragmentLayout
 from million_cli.spec import CodeSpec, WindowSpec
 
 COLUMNS = (
-    "gpu", "impl", "dtype", "batch", "q_heads", "kv_heads", "head_dim", "context", "m_keys", "m_values", "layout",
-    "page_size", "median_us", "p90_us", "bytes_read", "tb_per_s", "ratio_to_best_dense", "rel_err",
+    "gpu", "impl", "dtype", "batch", "q_heads", "kv_heads", "head_dim", "context", "m_keys", "m_values",
+    "layout", "page_size", "median_us", "p90_us", "bytes_read", "tb_per_s", "ratio_to_best_dense", "rel_err",
 )  # fmt: skip
 _BUFFER_BYTES = 300 << 20  # distinct bytes a graph goes through, five times an H200's L2
 _MAX_BUFFERS = 16
@@ -76,6 +79,7 @@ def bench(cases: tuple[Case, ...] = CASES, replays: int = 30) -> Iterator[dict[s
         best = min((row["median_us"] for row in dense_cache[key] if row["median_us"]), default=None)
         for row in dense_cache[key]:
             yield _row(gpu, case, "dense", best, **row)
+        torch.cuda.empty_cache()
         yield _row(
             gpu, case, "fragment", best, page_size=WINDOW.page_size, **_paged_row(case, device, replays)
         )
@@ -222,3 +226,47 @@ def _paged_row(case: Case, device: torch.device, replays: int) -> dict[str, Any]
         "rel_err": _relative_error(launches[0]()[0, :group], exact),
         **times,
     }
+
+
+def encode_row(
+    device: torch.device, replays: int, tokens: int = 32768, heads: int = 32, D: int = 128
+) -> dict[str, Any]:
+    """Encoding keys and values of a prompt of one layer, 4 bits, with a rotation a head, into pages."""
+    tokens, heads, D, P = 32768, 32, 128, WINDOW.page_size
+    M = D // 2
+    pages = tokens // P
+    table = torch.randperm(pages, device=device).int().view(1, pages)
+    rotation = torch.linalg.qr(torch.randn(heads, D, D, device=device))[0].contiguous()
+    centroids = torch.randn(heads, M, 256, 2, device=device)
+    sides = []
+    for layout in (compiled.CodeLayout.FRAGMENT_KEYS, compiled.CodeLayout.FRAGMENT_VALUES):
+        x = torch.randn(1, tokens, heads, D, device=device).half().transpose(1, 2)
+        sides.append((x, torch.zeros(pages, heads, P * M, dtype=torch.uint8, device=device), layout))
+
+    def launch() -> None:
+        for x, pool, layout in sides:
+            compiled.pq_encode(x, centroids, rotation, pool, table, start=0, page_size=P, layout=layout)
+
+    return {
+        "impl": "million encode", "dtype": "float16", "batch": 1, "kv_heads": heads, "head_dim": D,
+        "context": tokens, "m_keys": M, "m_values": M, "layout": "fragment", "page_size": P,
+        "bytes_read": sum(x.nbytes for x, _, _ in sides), **time_graph([launch], replays),
+    }  # fmt: skip
+
+
+def write(path: Path, replays: int = 30) -> None:
+    """All rows of `bench` and of the encoding into a CSV, with a short table on stdout."""
+    rows = list(bench(replays=replays))
+    device = torch.device("cuda")
+    rows.append({"gpu": torch.cuda.get_device_name(device), **encode_row(device, 5)})
+    frame = pd.DataFrame(rows, columns=list(COLUMNS))
+    for column in ("batch", "q_heads", "kv_heads", "head_dim", "context", "m_keys", "m_values", "page_size"):
+        frame[column] = frame[column].astype("Int64")
+    frame.to_csv(path, index=False)
+    shown = ["impl", "dtype", "batch", "q_heads", "kv_heads", "context", "m_keys", "m_values", "median_us",
+             "tb_per_s", "ratio_to_best_dense", "rel_err"]  # fmt: skip
+    print(frame[shown].to_string(index=False))
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))

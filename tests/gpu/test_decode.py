@@ -4,10 +4,10 @@ import random
 
 import pytest
 import torch
+from cases import Case, Shape
+
 from million_cli.ops import compiled
 from million_cli.spec import WindowSpec
-
-from cases import Case, Shape
 
 # Floor of the bound: where torch's own error is near zero (e.g. one token), ours is a rounding of the output.
 FLOOR = {torch.float16: 3e-4, torch.bfloat16: 2.5e-3}

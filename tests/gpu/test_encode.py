@@ -2,14 +2,14 @@
 
 import pytest
 import torch
+from cases import DEVICE
+from torch import Tensor
+
 from million_cli.ops import compiled
 from million_cli.ops.compiled import CodeLayout
 from million_cli.ops.fragment import FragmentLayout
 from million_cli.ops.layouts import Layout, RowLayout, TransposedLayout
 from million_cli.spec import CodeSpec, WindowSpec
-from torch import Tensor
-
-from cases import DEVICE
 
 SHAPES = [(128, 64), (128, 32), (64, 32), (64, 16)]
 

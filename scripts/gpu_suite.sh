@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Builds the kernels, runs the GPU tests, the sanitizers and the kernel benchmark on this CUDA machine, and writes
+# OUT_DIR/<gpu>/suite.json and kernel.csv.  No network.  Usage: scripts/gpu_suite.sh OUT_DIR  (e.g. results)
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=$(mkdir -p "${1:?usage: scripts/gpu_suite.sh OUT_DIR}" && cd "$1" && pwd)
+python=${PYTHON:-python3}
+export PYTHONPATH=$PWD:$PWD/tests/gpu
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+"$python" -c 'from million_cli.ops.build import build; print(*build())' || exit 1
+"$python" -m pytest tests/gpu -q -p no:cacheprovider --junitxml="$work/tests.xml"
+for tool in memcheck racecheck; do
+  if command -v compute-sanitizer >/dev/null; then
+    timeout 150 compute-sanitizer --tool "$tool" --kernel-regex kns=million "$python" tests/gpu/sanitize.py \
+      >"$work/$tool.log" 2>&1
+    echo "exit code $?" >>"$work/$tool.log"
+    tail -3 "$work/$tool.log"
+  fi
+done
+"$python" -m million_cli.tasks.kernel_bench "$work/kernel.csv"
+"$python" tests/gpu/record.py "$work" "$out"

@@ -1,0 +1,36 @@
+"""Launch choices: worked examples, and properties over all shapes."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from million_cli.ops.heuristics import MIN_FILL, decode_blocks, head_sets, heads_per_block, workspace_bytes
+
+
+@pytest.mark.parametrize(
+    ("group", "heads", "sets"), [(1, 1, 1), (2, 4, 1), (4, 4, 1), (5, 4, 2), (8, 4, 2), (16, 4, 4)]
+)
+def test_heads(group: int, heads: int, sets: int) -> None:
+    assert heads_per_block(group) == heads
+    assert head_sets(group) == sets
+
+
+@pytest.mark.parametrize(
+    ("sets", "blocks"),
+    [(1, 132), (3, 132), (8, 128), (32, 128), (64, 128), (128, 128), (256, 128), (131, 131)],
+)
+def test_blocks_of_an_h200(sets: int, blocks: int) -> None:
+    assert decode_blocks(sets, 132) == blocks
+
+
+@given(st.integers(1, 5000), st.integers(1, 300))
+def test_blocks_fill_the_device(sets: int, multiprocessors: int) -> None:
+    blocks = decode_blocks(sets, multiprocessors)
+    assert MIN_FILL * multiprocessors <= blocks <= multiprocessors
+    if blocks < multiprocessors:
+        assert blocks % sets == 0 or sets % blocks == 0
+
+
+def test_workspace() -> None:
+    # 32 counters in 256 bytes, 160 partial results of one head: 128 + 128 sums, a maximum and a denominator.
+    assert workspace_bytes(sets=32, heads=1, head_dim=128, blocks=128) == 256 + 160 * 258 * 4
