@@ -25,6 +25,9 @@ app = typer.Typer(
     help="KV-cache product quantization: sample keys and values, train codebooks, measure the cost, decode.",
 )
 
+kernels = typer.Typer(no_args_is_help=True, help="The compiled CUDA kernels.")
+app.add_typer(kernels, name="kernels")
+
 Model = Annotated[
     str | None,
     typer.Option(
@@ -251,6 +254,25 @@ def doctor() -> None:
     raise typer.Exit(diagnose())
 
 
+@kernels.command("build")
+def kernels_build(
+    arch: Annotated[
+        str | None, typer.Option("--arch", help="Compute capabilities, e.g. 80,90 (default: this machine's).")
+    ] = None,
+) -> None:
+    """Compile the CUDA kernels ahead of their first use.
+
+    Example: million kernels build --arch 90
+    """
+    from million_cli.ops.build import KernelsUnavailable, build, parse_architectures
+
+    try:
+        for library in build(parse_architectures(arch) if arch else None):
+            print(library)
+    except KernelsUnavailable as error:
+        raise UserError(str(error)) from error
+
+
 def main() -> NoReturn:
     """Entry point: the user's mistake is one line and exit code 2, ours a traceback and 1."""
     try:
@@ -323,7 +345,7 @@ def _dataset(value: str, node: str) -> list[str]:
 
 def quote(value: str) -> str:
     """A value as Hydra's override grammar reads it back unchanged."""
-    # In quotes a backslash means itself, except in a run of them before a quote; "${" would be an interpolation.
+    # In quotes a backslash means itself, except before a quote; "${" would be an interpolation.
     value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
     value = re.sub(r"(\\*)'", r"\1\1\\'", value)
     value = re.sub(r"(\\+)$", r"\1\1", value)

@@ -6,14 +6,12 @@ import importlib.util
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import traceback
 from collections.abc import Iterator
-from pathlib import Path
 
 from million_cli.errors import UserError
-from million_cli.results import CHECKOUT, git_commit, version
+from million_cli.results import git_commit, version
 
 PACKAGES = (
     "million",
@@ -91,15 +89,12 @@ def _folders() -> Iterator[Line]:
         yield "conf", str(conf_folder())
     except UserError as error:
         yield "conf", f"missing: {error}"
-    kernels = kernels_folder()
-    yield "kernels", str(kernels) if kernels else "no kernel sources here"
+    from million_cli.ops.build import KernelsUnavailable, source_folder
 
-
-def kernels_folder() -> Path | None:
-    """The CUDA sources: the checkout's, else those in the installed package."""
-    folders = (CHECKOUT / "kernels", Path(__file__).resolve().parent / "kernels")
-    # An editable install leaves a stale copy in site-packages, so the checkout comes first.
-    return next((folder for folder in folders if folder.is_dir()), None)
+    try:
+        yield "kernels", str(source_folder())
+    except KernelsUnavailable as error:
+        yield "kernels", f"missing: {error}"
 
 
 def _optional() -> Iterator[Line]:
@@ -121,21 +116,17 @@ def _optional() -> Iterator[Line]:
     else:
         yield "pykeops", version("pykeops")
     yield "g++", compiler or "not on PATH"
-    nvcc = shutil.which("nvcc") or _executable(
-        Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin/nvcc"
-    )
-    yield "nvcc", _nvcc_release(nvcc) if nvcc else "not on PATH: CUDA kernels cannot be compiled here"
 
 
 def _devices() -> Iterator[Line]:
     import torch
 
+    from million_cli.ops.build import status
+
     yield "cpu", f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
-    if not torch.cuda.is_available():
-        built = torch.version.cuda
-        reason = "no device found" if built else "torch is built without CUDA"
-        yield "cuda", f"not available: {reason}; everything runs by the torch path"
-        return
+    kernels = status()
+    yield "nvcc", kernels.compiler
+    yield "cuda", kernels.devices
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         yield (
@@ -143,18 +134,7 @@ def _devices() -> Iterator[Line]:
             f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
             f"{properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}",
         )
-
-
-def _executable(path: Path) -> str | None:
-    return str(path) if os.access(path, os.X_OK) else None
-
-
-def _nvcc_release(nvcc: str) -> str:
-    try:
-        output = subprocess.run(
-            [nvcc, "--version"], capture_output=True, text=True, timeout=20, check=True
-        ).stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"{nvcc}: does not run ({error})"
-    release = next((line.strip() for line in output.splitlines() if "release" in line), "")
-    return f"{nvcc}: {release}"
+    yield (
+        "compiled",
+        kernels.library if kernels.ready else f"{kernels.library}; everything runs by the torch path",
+    )

@@ -143,8 +143,7 @@ def test_one_refused_job_does_not_stop_a_sweep(million, shared_out):
 
 def test_launchers_keep_records_too(million, tmp_path):
     launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "--multirun", "cache=dense,paged"]
-    code, stdout, _ = million("eval", *SMALL, *SHORT, *launcher, out=tmp_path)
-    assert code == 0
+    assert million("eval", *SMALL, *SHORT, *launcher, out=tmp_path)[0] == 0
     assert sorted(row["config.cache.kind"] for row in read_rows(tmp_path / "results.csv")[1]) == [
         "dense",
         "paged",
@@ -206,13 +205,14 @@ BAD = [
     (["report", "--csv", "/no/results.csv"], "no results at /no/results.csv"),
     (["report", "report.run=some"], "report.run=some: accepted are latest, all"),
     (["eval", "seed=[1"], "no viable alternative at input '[1'"),
+    (["kernels", "build", "--arch", "7"], "arch=7: accepted are 80"),
     (["dance"], "No such command 'dance'"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(a)[-50:] for a, _ in BAD])
 def test_the_users_mistake_is_one_line_and_exit_code_2(million, arguments, message):
-    code, _, stderr = million(*arguments, out=None if arguments[0] == "dance" else "OUT")
+    code, _, stderr = million(*arguments, out=None if arguments[0] in ("dance", "kernels") else "OUT")
     assert code == 2
     mistakes = [line for line in stderr if line.startswith("million: ")]
     assert len(mistakes) == 1
@@ -263,7 +263,19 @@ def test_doctor_says_that_the_torch_path_works(million):
     code, stdout, _ = million("doctor", out=None)
     assert code == 0
     found = {line.split()[0]: line for line in stdout.splitlines()}
-    assert {"python", "torch", "conf", "kernels", "faiss", "pykeops", "g++", "nvcc", "cpu"} <= found.keys()
+    assert {
+        "python",
+        "torch",
+        "conf",
+        "kernels",
+        "faiss",
+        "pykeops",
+        "g++",
+        "nvcc",
+        "cpu",
+        "cuda",
+        "compiled",
+    } <= found.keys()
     assert "ok" in found["self-test"]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from million_cli.errors import UserError
 from million_cli.files import write_text
+from million_cli.journal import Journal, Journals
 from million_cli.pipelines import Result
 from million_cli.pipelines.caches import Caches
 from million_cli.pipelines.config import JobConfig, typed
@@ -19,13 +20,13 @@ from million_cli.pipelines.session import Session
 from million_cli.pipelines.stages import code_digest, locked, stage_key
 from million_cli.pipelines.train_codebook import codebook_metrics
 from million_cli.results import Scalar, now, write_rows
-from million_cli.tasks import task_module
+from million_cli.tasks import task_loader, task_module
 from million_cli.text import Text, TextConfig
 
 logger = logging.getLogger("million")
 
-Job = tuple[Any, Text | None]
-"""A task's configuration and the text it reads."""
+Job = tuple[Any, Any]
+"""A task's configuration and what it reads: a text, what its module's `load` gives, or None."""
 
 
 def run_evaluate(config: JobConfig) -> list[Result]:
@@ -44,7 +45,7 @@ def prepare(session: Session) -> list[Job]:
     config = session.config
     tasks = [("task", config.task), *((f"also.{name}", task) for name, task in config.also.items())]
     configs = [typed(where, settings) for where, settings in tasks]
-    return [(task, session.text(task) if isinstance(task, TextConfig) else None) for task in configs]
+    return [(task, _material(session, task)) for task in configs]
 
 
 def evaluate(session: Session, jobs: list[Job], caches: Caches) -> Result:
@@ -54,7 +55,7 @@ def evaluate(session: Session, jobs: list[Job], caches: Caches) -> Result:
         UserError: a text that the codebook was trained on, or a task's own.
     """
     for _, text in jobs:
-        if text is not None:
+        if isinstance(text, Text):
             refuse_calibration_text(session, caches, text)
     metrics: dict[str, Scalar] = {}
     fallbacks: dict[str, None] = {}
@@ -89,20 +90,30 @@ def refuse_calibration_text(session: Session, caches: Caches, text: Text) -> Non
         )
 
 
-def _measured(session: Session, caches: Caches, task: Any, text: Text | None) -> dict[str, Any]:
+def _material(session: Session, task: Any) -> Any:
+    if isinstance(task, TextConfig):
+        return session.text(task)
+    load = task_loader(task.name)
+    return load(task) if load else None
+
+
+def _measured(session: Session, caches: Caches, task: Any, text: Any) -> dict[str, Any]:
     """A task's metrics and fallbacks, from an earlier run if nothing that matters has changed."""
     config = session.config
     codebook = caches.codebook_path
+    dense = {"model": session.identity, **code_digest("")}
+    cache = {
+        **dense,
+        "codebook": hashlib.sha256(codebook.read_bytes()).hexdigest() if codebook else None,
+        "cache": asdict(config.cache) if codebook else None,
+        "strict": config.strict,
+    }
     key = stage_key(
         {
+            **cache,
             "task": asdict(task),
-            "model": session.identity,
             "text": text.sha256 if text is not None else None,
-            "codebook": hashlib.sha256(codebook.read_bytes()).hexdigest() if codebook else None,
-            "cache": asdict(config.cache) if codebook else None,
-            "strict": config.strict,
             "seed": config.seed,
-            **code_digest(""),
         }
     )
     path = Path(config.out) / "evaluations" / f"{task.name}-{key}.json"
@@ -113,7 +124,11 @@ def _measured(session: Session, caches: Caches, task: Any, text: Text | None) ->
             return {**found, "reused_from": found["measured"]}
         logger.info("%s with cache=%s, quantizer=%s", task.name, config.cache.kind, config.quantizer.name)
         module = task_module(task.name)
-        result = module.measure(session.model, session.tokenizer, caches, text, task, config.seed)
+        resume = {}
+        if getattr(module, "RESUMABLE", False):
+            same = config.quantizer.kind == "dense"
+            resume["journals"] = _journals(path, dense if same else cache, dense, fresh=not config.reuse)
+        result = module.measure(session.model, session.tokenizer, caches, text, task, config.seed, **resume)
         tables = {
             name: write_table(path.with_name(f"{path.stem}-{name}.csv"), rows)
             for name, rows in result.tables.items()
@@ -125,6 +140,17 @@ def _measured(session: Session, caches: Caches, task: Any, text: Text | None) ->
         }
         write_text(path, json.dumps(found, indent=1) + "\n")
     return {**found, "reused_from": None}
+
+
+def _journals(path: Path, cache: dict[str, Any], dense: dict[str, Any], fresh: bool) -> Journals:
+    """Where a resumable task keeps its answers: by all that the cache, and the dense cache, depend on.
+
+    The dense cache's are shared by every quantizer.
+    """
+    task = path.name.rpartition("-")[0]
+    files = [path.with_name(f"{task}-answers-{stage_key(what)}.jsonl") for what in (cache, dense)]
+    made = {file: Journal(file, fresh) for file in files}
+    return Journals(*(made[file] for file in files))
 
 
 def write_table(path: Path, rows: list[Mapping[str, Scalar]]) -> str:

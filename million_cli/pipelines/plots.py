@@ -11,12 +11,21 @@ from million_cli.files import atomic_path
 
 logger = logging.getLogger("million")
 
-MARKERS = {"dense": ("*", "black"), "contiguous": ("o", "tab:blue"), "paged": ("x", "tab:red")}
+MARKERS = {"dense": "*", "contiguous": "o", "paged": "x"}
+COLOURS = "tab10"
 STAGE_COLOURS = "tab20"
+
+PANELS = (
+    ("kl_e3", "KL from the dense model (10⁻³ nats a token)", None),
+    ("perplexity", "perplexity", "perplexity_dense"),
+    ("recall", "recall (share of questions)", "recall_dense"),
+    ("cache_ratio", "KV cache bytes / 16-bit dense bytes", None),
+)
+"""Column, axis label, and the column of the dense model's value, drawn as a dashed line."""
 
 
 def plot_quality(rows: Sequence[Mapping[str, str]], path: Path) -> Path | None:
-    """Quality and memory against bits: one point a row, a dashed line for the dense model.
+    """Quality and memory against bits: a colour a quantizer, a marker a cache, a dashed line for dense.
 
     Args:
         rows: of a results CSV, with `bits_nominal`.
@@ -28,33 +37,24 @@ def plot_quality(rows: Sequence[Mapping[str, str]], path: Path) -> Path | None:
     figure_module = _matplotlib() if rows else None
     if figure_module is None:
         return None
-    quantized = [row for row in rows if row["config.cache.kind"] != "dense"]
-    panels = [
-        ("kl_e3", "KL from the dense model (10⁻³ nats a token)", None),
-        ("perplexity", "perplexity", "perplexity_dense"),
-        ("recall", "recall (share of questions)", "recall_dense"),
-        ("cache_ratio", "KV cache bytes / 16-bit dense bytes", None),
-    ]
-    panels = [panel for panel in panels if any(row.get(panel[0]) for row in quantized or rows)]
-    figure = figure_module.Figure(figsize=(4.2 * len(panels), 4.2), layout="constrained")
+    shown = [row for row in rows if row["config.cache.kind"] != "dense"] or rows
+    panels = [panel for panel in PANELS if any(row.get(panel[0]) for row in shown)]
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = figure_module.Figure(figsize=(4.6 * columns, 3.5 * lines + 0.8), layout="constrained")
+    handles: dict[str, Any] = {}
     for index, (column, label, dense_column) in enumerate(panels):
-        axes = figure.add_subplot(1, len(panels), index + 1)
-        _scatter(axes, quantized or rows, column)
-        dense = {float(row[dense_column]) for row in rows if dense_column and row.get(dense_column)}
-        for value in dense:
-            axes.axhline(value, color="black", linestyle="--", linewidth=1, label="dense")
+        axes = figure.add_subplot(lines, columns, index + 1)
+        for value in {float(row[dense_column]) for row in rows if dense_column and row.get(dense_column)}:
+            handles["dense"] = axes.axhline(value, color="black", linestyle="--", linewidth=1)
+        _scatter(axes, shown, column, handles)
         axes.set_xlabel("bits per stored element")
         axes.set_ylabel(label)
-        if column == "recall":
-            axes.set_ylim(-0.03, 1.03)
-        elif column in ("kl_e3", "cache_ratio"):
-            axes.set_ylim(bottom=0)
+        axes.set_xticks(sorted({float(row["bits_nominal"]) for row in shown}))
         axes.grid(alpha=0.3)
-        handles, labels = axes.get_legend_handles_labels()
-        unique = dict(zip(labels, handles, strict=True))
-        axes.legend(unique.values(), unique.keys(), fontsize=8)
     models = sorted({row.get("config.model.name", "") for row in rows})
     figure.suptitle(f"{', '.join(models)}: quality and memory of the quantized KV cache")
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=9)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=130)
     return path
@@ -94,33 +94,26 @@ def plot_breakdown(rows: Sequence[Mapping[str, Any]], path: Path, model: str, ca
     return path
 
 
-def _scatter(axes: Any, rows: Sequence[Mapping[str, str]], column: str) -> None:
-    labelled: set[tuple[float, float]] = set()
+def _scatter(axes: Any, rows: Sequence[Mapping[str, str]], column: str, handles: dict[str, Any]) -> None:
+    """Draw one panel's points, and enter each new kind of point into `handles`."""
+    from matplotlib import colormaps
+
+    quantizers = list(dict.fromkeys(row.get("config.quantizer.name", "") for row in rows))
     for row in rows:
         if not row.get(column):
             continue
-        kind = row["config.cache.kind"]
-        marker, colour = MARKERS.get(kind, ("s", "tab:green"))
-        hollow = {"facecolors": "none"} if marker == "o" else {}
-        x, y = float(row["bits_nominal"]), float(row[column])
-        axes.scatter(
-            [x],
-            [y],
-            marker=marker,
-            s=70,
-            label=kind,
-            **({"edgecolors": colour, **hollow} if hollow else {"color": colour}),
-        )
-        if (x, round(y, 6)) not in labelled:
-            labelled.add((x, round(y, 6)))
-            axes.annotate(
-                row.get("config.quantizer.name", ""),
-                (x, y),
-                xytext=(6, 6),
-                textcoords="offset points",
-                fontsize=8,
-            )
-    axes.margins(x=0.25, y=0.2)
+        kind, quantizer = row["config.cache.kind"], row.get("config.quantizer.name", "")
+        colour = colormaps[COLOURS](quantizers.index(quantizer) % 10)
+        marker = MARKERS.get(kind, "s")
+        # Contiguous and paged coincide when all is well: a ring shows the cross inside it.
+        style = {"facecolors": "none", "edgecolors": colour} if marker == "o" else {"color": colour}
+        point = axes.scatter(float(row["bits_nominal"]), float(row[column]), marker=marker, s=80, **style)
+        handles.setdefault(f"{quantizer}, {kind}" if kind != "dense" else "dense", point)
+    axes.margins(x=0.3, y=0.25)
+    if column in ("kl_e3", "cache_ratio"):
+        axes.set_ylim(0, 1.25 * max(float(row[column]) for row in rows if row.get(column)) or 1)
+    elif column == "recall":
+        axes.set_ylim(-0.03, 1.06)
 
 
 def _matplotlib() -> Any:

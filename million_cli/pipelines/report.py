@@ -99,8 +99,10 @@ def show(rows: Sequence[Row], path: Path, plot: bool = False) -> None:
         if row.get("fallbacks"):
             print(f"fallbacks ({row['config.cache.kind']}): {row['fallbacks']}")
     for column in ("breakdown_table", "breakdown_plot", "passkey_table", "codebook_file", "samples_folder"):
-        for value in dict.fromkeys(row[column] for row in rows if row.get(column)):
-            print(f"{column.replace('_', ' ')}: {value}")
+        files = dict.fromkeys(Path(row[column]) for row in rows if row.get(column))
+        places = files if len(files) == 1 else dict.fromkeys(file.parent for file in files)
+        for place in places:
+            print(f"{column.replace('_', ' ')}: {place}")
     print(f"results: {path}")
     drawn = plot_quality(rows, path.with_suffix(".png")) if plot else None
     if drawn:

@@ -43,7 +43,7 @@ def shared_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def job(shared_out: Path) -> Callable[..., JobConfig]:
-    """A configuration from overrides that add to `SMALL`; `out=` decides where, the shared folder otherwise."""
+    """A configuration from overrides that add to `SMALL`; without `out=` in the shared folder."""
 
     def make(*overrides: str) -> JobConfig:
         return compose([*SMALL, f"out={shared_out}", *overrides])

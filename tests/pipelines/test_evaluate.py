@@ -39,7 +39,8 @@ def test_a_result_is_found_again_and_says_so(job, tmp_path, monkeypatch):
     first = metrics(config)
     monkeypatch.setattr(pipeline, "task_module", None)
     again = metrics(config)
-    assert again.pop("reused_from") and again == first
+    assert again.pop("reused_from")
+    assert again == first
 
 
 def test_nothing_is_found_again_without_reuse(job, tmp_path, monkeypatch):

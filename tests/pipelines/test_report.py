@@ -36,9 +36,38 @@ def test_the_table_formats_and_aligns():
     rows = [row(), row(kind="contiguous", recall="")]
     lines = table(rows, columns_for(rows[0])).splitlines()
     assert lines[0].split() == (
-        "verb model quantizer cache bits perplexity KL e-3 recall % dense % cache MiB of 16-bit".split()
+        [
+            "verb",
+            "model",
+            "quantizer",
+            "cache",
+            "bits",
+            "perplexity",
+            "KL",
+            "e-3",
+            "recall",
+            "%",
+            "dense",
+            "%",
+            "cache",
+            "MiB",
+            "of",
+            "16-bit",
+        ]
     )
-    assert lines[2].split() == "eval reference pq-4bit paged 4.0 12.346 5.68 95.0 100.0 3.00 0.27".split()
+    assert lines[2].split() == [
+        "eval",
+        "reference",
+        "pq-4bit",
+        "paged",
+        "4.0",
+        "12.346",
+        "5.68",
+        "95.0",
+        "100.0",
+        "3.00",
+        "0.27",
+    ]
     assert lines[3].split()[7] == "-"
     assert lines[2].index("12.346") == lines[3].index("12.346")
 
