@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 from million_cli.errors import UserError
 
@@ -11,6 +13,7 @@ TASKS = {
     "perplexity": "million_cli.tasks.perplexity",
     "passkey": "million_cli.tasks.passkey",
     "speed": "million_cli.tasks.speed",
+    "longbench": "million_cli.tasks.longbench",
 }
 """Name -> module; modules are imported when they are asked for."""
 
@@ -24,3 +27,13 @@ def task_module(name: str) -> ModuleType:
     if name not in TASKS:
         raise UserError(f"task.name={name}: accepted are {', '.join(TASKS)}")
     return importlib.import_module(TASKS[name])
+
+
+def task_loader(name: str) -> Callable[[Any], Any] | None:
+    """What reads a task's material from its configuration, if that is not a text.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    load: Callable[[Any], Any] | None = getattr(task_module(name), "load", None)
+    return load

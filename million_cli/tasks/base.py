@@ -4,7 +4,9 @@ A task is a module with a `Config` (its configuration, a dataclass) and a `measu
 
     measure(model, tokenizer, caches, text, config, seed) -> TaskResult
 
-`caches` makes the cache under test; the dense cache it is compared with, the task makes itself.
+`caches` makes the cache under test; the dense cache it is compared with, the task makes itself.  A task that
+reads something else than a text has `load(config)`; what that gives, with a `sha256`, takes the text's place.
+One that says `RESUMABLE = True` also takes `journals` and keeps there what it has made so far.
 """
 
 from __future__ import annotations
