@@ -136,7 +136,7 @@ def evaluate(
     strict: Strict = False,
     out: Out = None,
 ) -> None:
-    """Measure what quantizing costs: perplexity and KL, or recall.
+    """Measure what quantizing costs: perplexity and KL, recall, or LongBench.
 
     Without a codebook one is trained first.
 

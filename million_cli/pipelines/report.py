@@ -41,6 +41,9 @@ QUALITY: tuple[Column, ...] = (
     ("top1_agreement", "top-1 %", number(".1f", 100)),
     ("recall", "recall %", number(".1f", 100)),
     ("recall_dense", "dense %", number(".1f", 100)),
+    ("longbench_average", "LongBench", number(".2f")),
+    ("longbench_average_dense", "dense", number(".2f")),
+    ("longbench_n", "samples", str),
     *MEMORY,
     ("duration_s", "s", number(".1f")),
 )
@@ -72,6 +75,18 @@ FAILED: tuple[Column, ...] = (
 )
 
 
+FILES = (
+    "breakdown_table",
+    "breakdown_plot",
+    "passkey_table",
+    "longbench_table",
+    "longbench_samples_table",
+    "codebook_file",
+    "samples_folder",
+)
+"""Columns that hold paths worth telling."""
+
+
 def report(config: JobConfig) -> None:
     """`million report`: print the table, say where the CSV is, draw the plot beside it.
 
@@ -98,7 +113,7 @@ def show(rows: Sequence[Row], path: Path, plot: bool = False) -> None:
     for row in rows:
         if row.get("fallbacks"):
             print(f"fallbacks ({row['config.cache.kind']}): {row['fallbacks']}")
-    for column in ("breakdown_table", "breakdown_plot", "passkey_table", "codebook_file", "samples_folder"):
+    for column in FILES:
         files = dict.fromkeys(Path(row[column]) for row in rows if row.get(column))
         places = files if len(files) == 1 else dict.fromkeys(file.parent for file in files)
         for place in places:
@@ -115,7 +130,8 @@ def columns_for(row: Row) -> tuple[Column, ...]:
         return FAILED
     if row.get("tpot_ms"):
         return SPEED
-    return QUALITY if row.get("perplexity") or row.get("recall") else TRAINING
+    judged = any(row.get(column) for column in ("perplexity", "recall", "longbench_average"))
+    return QUALITY if judged else TRAINING
 
 
 def table(rows: Sequence[Row], columns: Sequence[Column]) -> str:

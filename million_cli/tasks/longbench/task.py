@@ -171,6 +171,7 @@ def measure(
             found = [_row(name, dataset, question, *answers[question.key]) for question in questions]
             rows += found
             summary.append(_summary(name, dataset, found))
+            bar.clear()
             logger.info("%s: %.2f, dense %.2f", name, summary[-1]["score"], summary[-1]["dense"])
     memory = _memory(model, caches(prefill), longest)
     return TaskResult(
