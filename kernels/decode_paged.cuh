@@ -152,26 +152,39 @@ struct PagedDecodeBlock {
   // Rows of the warps, of codes and of the window, -> one partial result: [HG][D] sums of codes (both, unless values
   // are rotated), [HG][D] of the window, [HG][2] maximum and denominator.
   __device__ void combine(float* partial, const float* window_rows) {
+    constexpr int kRows = 2 * T::WARPS;
     __syncthreads();
-    const float* rows = reinterpret_cast<const float*>(scratch);
-    const bool apart = p.value_rotation != nullptr;
-    for (int i = threadIdx.x; i < HG * D; i += T::kThreads) {
-      const int hg = i / D;
-      float top = warp_max[hg];
+    if (warp < HG) {  // maxima of head `warp` become factors
+      const int hg = warp;
+      const float mine = lane < kRows ? warp_max[lane * HG + hg] : -INFINITY;
+      float top = mine;
 #pragma unroll
-      for (int w = 1; w < 2 * T::WARPS; ++w) top = fmaxf(top, warp_max[w * HG + hg]);
-      float sum = 0.f, window_sum = 0.f, denominator = 0.f;
-#pragma unroll 4
+      for (int step = 16; step; step >>= 1) top = fmaxf(top, __shfl_xor_sync(kFull, top, step));
+      const float factor = exp2_approx(mine - top);
+      float denominator = lane < kRows ? factor * warp_sum[lane * HG + hg] : 0.f;
+#pragma unroll
+      for (int step = 16; step; step >>= 1) denominator += __shfl_xor_sync(kFull, denominator, step);
+      if (lane < kRows) warp_max[lane * HG + hg] = factor;
+      if (lane == 0) *reinterpret_cast<float2*>(partial + 2 * (HG * D + hg)) = make_float2(top, denominator);
+    }
+    static_assert(kRows <= 32 && HG <= T::WARPS, "a lane a row, a warp a head");
+    __syncthreads();
+    const float2* rows = reinterpret_cast<const float2*>(scratch);
+    const float2* others = reinterpret_cast<const float2*>(window_rows);
+    const bool apart = p.value_rotation != nullptr;
+    for (int i = threadIdx.x; i < HG * D / 2; i += T::kThreads) {
+      const int hg = i / (D / 2);
+      float2 sum = make_float2(0.f, 0.f), window_sum = sum;
+#pragma unroll
       for (int w = 0; w < T::WARPS; ++w) {
-        const float factor = exp2_approx(warp_max[w * HG + hg] - top);
-        const float window_factor = exp2_approx(warp_max[(T::WARPS + w) * HG + hg] - top);
-        sum += factor * rows[w * HG * D + i];
-        window_sum += window_factor * window_rows[w * HG * D + i];
-        denominator += factor * warp_sum[w * HG + hg] + window_factor * warp_sum[(T::WARPS + w) * HG + hg];
+        const float factor = warp_max[w * HG + hg], window_factor = warp_max[(T::WARPS + w) * HG + hg];
+        const float2 row = rows[w * HG * D / 2 + i], other = others[w * HG * D / 2 + i];
+        sum.x += factor * row.x, sum.y += factor * row.y;
+        window_sum.x += window_factor * other.x, window_sum.y += window_factor * other.y;
       }
-      partial[i] = apart ? sum : sum + window_sum;
-      if (apart) partial[HG * D + i] = window_sum;
-      if (i % D == 0) *reinterpret_cast<float2*>(partial + 2 * (HG * D + hg)) = make_float2(top, denominator);
+      float2* to = reinterpret_cast<float2*>(partial);
+      to[i] = apart ? sum : make_float2(sum.x + window_sum.x, sum.y + window_sum.y);
+      if (apart) to[HG * D / 2 + i] = window_sum;
     }
     __syncthreads();
   }
@@ -640,7 +653,7 @@ struct PagedDecodeBlock {
 
   // Partial results of a set, `count` slots of `stride` floats, -> out; by the last block to arrive.
   __device__ void reduce(int b, int h, int set, const float* slots, int count) {
-    constexpr int kStride = partial_floats(D, HG), kBatch = 8;
+    constexpr int kStride = partial_floats(D, HG), kBatch = T::kPairs ? 16 : 8;
     float2* sums = reinterpret_cast<float2*>(scratch);  // [HG][D] of codes, to be rotated back, then of the window
     const int64_t row = q_row(b, h, set);
     const int outputs = valid_heads(set) * D;

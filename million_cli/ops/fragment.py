@@ -1,8 +1,8 @@
 """Fragment order: codes stored in the order in which the lanes of a warp of the decode kernel read them.
 
-A page is P / 16 groups of 16 tokens, a group 16 * M bytes.  Lane 4 * g + t of 32 owns M / 2 of them, in chunks
-of at most 16 bytes, a chunk of all lanes being contiguous.  Which (token, subspace) a lane's bytes are follows
-from the kernel's matrix instructions; kernels/layout.cuh states the same order and the reason for it.
+A page is P / 16 groups of 16 tokens, a group 16 * M bytes.  Lane 4 * g + t of 32 owns M / 2 of them, in
+chunks of at most 16 bytes, a chunk of all lanes being contiguous.  Which (token, subspace) a lane's bytes are
+follows from the kernel's matrix instructions; kernels/layout.cuh states the same order and the reason for it.
 """
 
 from __future__ import annotations

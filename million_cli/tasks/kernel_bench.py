@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def _row(gpu: str, case: Case, layout: str, best: float | None, **measured: Any)
     return {column: row.get(column) for column in COLUMNS}
 
 
-def time_graph(launches: list[Callable[[], Any]], replays: int) -> dict[str, float]:
+def time_graph(launches: Sequence[Callable[[], Any]], replays: int) -> dict[str, float]:
     """Median and 90th percentile, in microseconds per launch, of one graph that holds all `launches`."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -153,8 +154,7 @@ def _dense_rows(case: Case, device: torch.device, replays: int) -> Iterator[dict
         try:
             with sdpa_kernel(backend):
                 launches = [
-                    lambda k=k, v=v: F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa)
-                    for k, v in buffers
+                    partial(F.scaled_dot_product_attention, q, k, v, enable_gqa=gqa) for k, v in buffers
                 ]
                 times = time_graph(launches, replays)
                 out = launches[0]()
@@ -203,9 +203,10 @@ def _paged_row(case: Case, device: torch.device, replays: int) -> dict[str, Any]
             "table": block_table,
         }
         launches.append(
-            lambda pools=pools, windows=windows, block_table=block_table: compiled.paged_decode(
-                q, *pools, block_table, lengths, None, *tables, None, None, *windows, plan,
-                scale=D**-0.5, page_size=P,
+            partial(
+                compiled.paged_decode,
+                q, pools[0], pools[1], block_table, lengths, None, tables[0], tables[1], None, None,
+                windows[0], windows[1], plan, scale=D**-0.5, page_size=P,
             )
         )  # fmt: skip
     times = time_graph(launches, replays)
@@ -219,7 +220,7 @@ def _paged_row(case: Case, device: torch.device, replays: int) -> dict[str, Any]
         centroids = tables[table][0].double().view(256, layout.spec.M, layout.spec.dsub)
         decoded = centroids[codes.long(), torch.arange(layout.spec.M, device=device)].flatten(1)
         dense.append(torch.cat([decoded, first[window][0, 0, positions].double()]))
-    exact = F.scaled_dot_product_attention(q[0, :group].double(), *dense)
+    exact = F.scaled_dot_product_attention(q[0, :group].double(), dense[0], dense[1])
     return {
         "impl": "million paged",
         "bytes_read": nbytes,
@@ -228,9 +229,7 @@ def _paged_row(case: Case, device: torch.device, replays: int) -> dict[str, Any]
     }
 
 
-def encode_row(
-    device: torch.device, replays: int, tokens: int = 32768, heads: int = 32, D: int = 128
-) -> dict[str, Any]:
+def encode_row(device: torch.device, replays: int) -> dict[str, Any]:
     """Encoding keys and values of a prompt of one layer, 4 bits, with a rotation a head, into pages."""
     tokens, heads, D, P = 32768, 32, 128, WINDOW.page_size
     M = D // 2

@@ -18,7 +18,8 @@ for q_heads, m_values, head_dim in ((2, 64, 128), (8, 32, 128), (8, 16, 64)):
     )  # fmt: skip
     case.lengths.copy_(torch.tensor([704, 128]))  # both sequences are due for a page
     compiled.append(
-        x[:, :, 0], x[:, :, 1], case.lengths, case.key_window, case.value_window, case.key_pool, case.value_pool,
+        x[:, :, 0], x[:, :, 1], case.lengths, case.key_window, case.value_window, case.key_pool,
+        case.value_pool,
         case.block_table, case.key_centroids, case.value_centroids, case.key_rotation, case.value_rotation,
         page_size=64,
     )  # fmt: skip

@@ -115,7 +115,8 @@ def test_append_equals_encode(page: int, residual: int, rotated: bool) -> None:
             assert torch.equal(windows[side][b][:, positions % residual], x[side, b][:, positions])
             kind = (CodeLayout.FRAGMENT_KEYS, CodeLayout.FRAGMENT_VALUES)[side]
             compiled.pq_encode(
-                x[side, b : b + 1, :, :coded], (ck, cv)[side], (rk, rv)[side], expected[side], table[b : b + 1],
+                x[side, b : b + 1, :, :coded], (ck, cv)[side], (rk, rv)[side], expected[side],
+                table[b : b + 1],
                 start=0, page_size=page, layout=kind,
             )  # fmt: skip
     for side in range(2):

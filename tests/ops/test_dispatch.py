@@ -35,7 +35,8 @@ QUERY = DecodeQuery(90, torch.float16, spec(128, 64, 64), WindowSpec(), 4)
         ({"arch": 75}, "compute capability 75, supported are 80, 86, 87, 89, 90, 100, 103, 120, 121"),
         (
             {"arch": 89},
-            "compute capability 89 gives a block 99 KiB of shared memory, the tables of head_dim=128 need 163",
+            "compute capability 89 gives a block 99 KiB of shared memory, "
+            "the tables of head_dim=128 need 163",
         ),
         ({"arch": 89, "spec": spec(64, 32, 32)}, None),
     ],

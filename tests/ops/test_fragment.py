@@ -50,7 +50,7 @@ def test_lanes_of_values_hold_four_tokens(spec: CodeSpec) -> None:
 @pytest.mark.parametrize("side", ["keys", "values"])
 @pytest.mark.parametrize("spec", SPECS[:3])
 def test_lookups_of_a_warp_fall_in_different_banks(spec: CodeSpec, side: Side) -> None:
-    """Byte i of all lanes is looked up by one instruction: 4-byte entries in one pass, 8-byte ones in halves."""
+    """One instruction looks up byte i of all lanes: 4-byte entries in one pass, 8-byte ones in halves."""
     _, subspaces = owners(spec, side)
     words = spec.dsub // 2
     passes = 32 // words
