@@ -29,6 +29,10 @@ Job = tuple[Any, Any]
 """A task's configuration and what it reads: a text, what its module's `load` gives, or None."""
 
 
+ANSWERING = ("pq", "ops", "cache", "integration", "tasks")
+"""Where the code is that an answer of a resumable task depends on; a change elsewhere does not undo it."""
+
+
 def run_evaluate(config: JobConfig) -> list[Result]:
     """`million eval`."""
     session = Session(config)
@@ -101,7 +105,7 @@ def _measured(session: Session, caches: Caches, task: Any, text: Any) -> dict[st
     """A task's metrics and fallbacks, from an earlier run if nothing that matters has changed."""
     config = session.config
     codebook = caches.codebook_path
-    dense = {"model": session.identity, **code_digest("")}
+    dense = {"model": session.identity, **code_digest(*ANSWERING)}
     cache = {
         **dense,
         "codebook": hashlib.sha256(codebook.read_bytes()).hexdigest() if codebook else None,
@@ -114,6 +118,7 @@ def _measured(session: Session, caches: Caches, task: Any, text: Any) -> dict[st
             "task": asdict(task),
             "text": text.sha256 if text is not None else None,
             "seed": config.seed,
+            **code_digest(""),
         }
     )
     path = Path(config.out) / "evaluations" / f"{task.name}-{key}.json"
