@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Literal
 
 import torch
@@ -21,6 +21,7 @@ from million_cli.cache.view import KVView
 from million_cli.cache.window import ResidualWindow
 from million_cli.errors import UserError
 from million_cli.ops.codes import CodeReader
+from million_cli.ops.pages import LayerPages
 from million_cli.pq.codebook import LayerPQ
 from million_cli.pq.codec import Backend, decode, encode
 from million_cli.spec import PQSpec, WindowSpec
@@ -107,15 +108,14 @@ class CodeStore(ABC):
         """Keys and values `[B, Hkv, length - coded, D]` of the window, oldest first."""
         state = self._layers[layer]
         assert state.window is not None
-        keys, values = state.window.read(self.coded(layer), state.length)
-        empty = [state.window.keys[:, :, :0]]
-        return torch.cat(keys or empty, dim=2), torch.cat(values or empty, dim=2)
+        return state.window.gather(self.coded(layer), state.length)
 
     def memory(self) -> dict[str, int]:
         """Bytes of the tensors held, by use; codebooks are the caller's.
 
         key_codes, value_codes: pages or rows that hold tokens.  window: the rings, full or not.  block_table:
-        host and device copies (0 when contiguous).  pool_reserved: allocated for codes, not in use.
+        host and device copies, and lengths on the device (0 when contiguous).  pool_reserved: allocated for
+        codes, not in use.
         """
         window = sum(state.window.nbytes for state in self._layers if state.window is not None)
         codes = self._code_bytes()
@@ -145,50 +145,91 @@ class CodeStore(ABC):
         if self.batch is not None and self.batch != B:
             raise UserError(f"batch={B}: this cache holds a batch of {self.batch}; reset it first")
         start, end = state.length, state.length + N
-        coded, coded_after = self.window.coded_length(start), self.window.coded_length(end)
-        self._reserve(layer, coded_after, k)  # an exhausted pool shows here, before any change
-
+        self._reserve(layer, self.window.coded_length(end), k)  # an exhausted pool shows before any change
         if state.window is None:
             state.window = ResidualWindow(k, self.window.residual)
-            state.keys, state.values = state.keys.to(k.device), state.values.to(k.device)
+            if state.keys.centroids.device != k.device:
+                state.keys, state.values = state.keys.to(k.device), state.values.to(k.device)
         self.batch = B
-        keys, values = state.window.read(coded, start)
-        keys, values = [*keys, k], [*values, v]
-        exact_k = torch.cat(keys, dim=2) if len(keys) > 1 else k  # tokens coded .. end - 1
-        exact_v = torch.cat(values, dim=2) if len(values) > 1 else v
-        if coded_after > coded:
-            n = coded_after - coded
-            self._write(
-                layer,
-                coded,
-                encode(exact_k[:, :, :n], state.keys, backend=self.backend),
-                encode(exact_v[:, :, :n], state.values, backend=self.backend),
-            )
-        kept = max(coded_after - start, 0)
-        state.window.write(start + kept, k[:, :, kept:], v[:, :, kept:])
+        if N == 1:
+            self._append_token(layer, k, v)
+        else:
+            exact_k, exact_v = self._append_tokens(layer, k, v)
         state.length = end
 
         boundaries = _boundaries(self.window, self.prefill, start, end)
         key_codes, value_codes = self._readers(layer, boundaries[-1])
-        skipped = boundaries[0] - coded  # a decode step that filled a page no longer sees it exactly
+        if N == 1:
+            exact = partial(state.window.gather, boundaries[0], end)
+        else:
+            skipped = boundaries[0] - self.window.coded_length(start)
+            exact = partial(_slices, exact_k, exact_v, skipped)
         return KVView(
             key_codes,
             value_codes,
             state.keys,
             state.values,
-            exact_k[:, :, skipped:],
-            exact_v[:, :, skipped:],
+            exact,
             exact_start=boundaries[0],
             length=end,
             boundaries=boundaries,
+            pages=self._kernel_pages(layer) if N == 1 else None,
         )
 
-    def reset(self) -> None:
-        """Forget all tokens and release all tensors."""
+    def _append_token(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Write the next token; encode the window's oldest page where that made it due."""
+        state = self._layers[layer]
+        assert state.window is not None
+        start = state.length
+        coded, coded_after = self.window.coded_length(start), self.window.coded_length(start + 1)
+        state.window.write(start, k, v)
+        if coded_after > coded:  # a residual window above P, so the page ends before the new token
+            self._encode(layer, coded, *state.window.gather(coded, coded_after))
+
+    def _append_tokens(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the next N tokens; returns all that was exact or new before pages were encoded."""
+        state = self._layers[layer]
+        assert state.window is not None
+        start, end = state.length, state.length + k.shape[2]
+        coded, coded_after = self.window.coded_length(start), self.window.coded_length(end)
+        keys, values = state.window.read(coded, start)
+        exact_k = torch.cat([*keys, k], dim=2) if keys else k  # tokens coded .. end - 1
+        exact_v = torch.cat([*values, v], dim=2) if values else v
+        if coded_after > coded:
+            n = coded_after - coded
+            self._encode(layer, coded, exact_k[:, :, :n], exact_v[:, :, :n])
+        kept = max(coded_after - start, 0)
+        state.window.write(start + kept, k[:, :, kept:], v[:, :, kept:])
+        return exact_k, exact_v
+
+    def _encode(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
+        """Encode `[B, Hkv, n, D]`, whole pages, as the tokens start .. start + n - 1."""
+        state = self._layers[layer]
+        self._write(
+            layer,
+            start,
+            encode(k, state.keys, backend=self.backend),
+            encode(v, state.values, backend=self.backend),
+        )
+
+    def _kernel_pages(self, layer: int) -> LayerPages | None:
+        """The layer as a compiled kernel reads it, if one keeps this store."""
+        return None
+
+    def reset(self, release: bool = True) -> None:
+        """Forget all tokens; with `release` all tensors too.
+
+        Without it the tensors stay where they are and the next text must come in the same batch: what a
+        captured CUDA graph wants.
+        """
         for state in self._layers:
-            state.window, state.length = None, 0
-        self.batch = None
-        self._release()
+            state.length = 0
+            if release:
+                state.window = None
+        self._truncate()
+        if release:
+            self.batch = None
+            self._release()
 
     @torch.no_grad()
     def crop(self, length: int) -> None:
@@ -265,7 +306,7 @@ class CodeStore(ABC):
 
     @abstractmethod
     def _release(self) -> None:
-        """Drop all codes."""
+        """Drop the tensors of the codes; no token is left."""
 
     @abstractmethod
     def _code_bytes(self) -> dict[str, int]:
@@ -278,3 +319,7 @@ def _boundaries(window: WindowSpec, prefill: Prefill, start: int, end: int) -> t
     if prefill == "exact" and end - start > 1:
         return (window.coded_length(start),) * (end - start)
     return tuple(window.coded_length(t + 1) for t in range(start, end))
+
+
+def _slices(k: Tensor, v: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    return k[:, :, first:], v[:, :, first:]

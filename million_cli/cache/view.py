@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
 from million_cli.ops.codes import CodeReader
+from million_cli.ops.pages import LayerPages
 from million_cli.ops.reference import attention
 from million_cli.pq.codebook import LayerPQ
 
@@ -22,22 +24,36 @@ class KVView:
     Attributes:
         key_codes, value_codes: codes of the tokens 0 .. coded - 1 (never dense).
         pq_keys, pq_values: the codebooks and rotations that decode them.
-        keys, values: exact, unrotated `[B, Hkv, length - exact_start, D]` in the model's dtype, of the tokens
-            exact_start .. length - 1 in order.
+        exact: gives `keys` and `values` when they are first asked for; a compiled kernel never does.
         exact_start: equals boundaries[0].
         length: tokens a sequence, the new ones included.
         boundaries: N non-decreasing token counts, one a query.
+        pages: the layer as a compiled kernel reads it, if the store is kept by one and N is 1; else None.
     """
 
     key_codes: CodeReader
     value_codes: CodeReader
     pq_keys: LayerPQ
     pq_values: LayerPQ
-    keys: Tensor
-    values: Tensor
+    exact: Callable[[], tuple[Tensor, Tensor]]
     exact_start: int
     length: int
     boundaries: Sequence[int]
+    pages: LayerPages | None = None
+
+    @cached_property
+    def _exact(self) -> tuple[Tensor, Tensor]:
+        return self.exact()
+
+    @property
+    def keys(self) -> Tensor:
+        """Exact, unrotated `[B, Hkv, length - exact_start, D]` of the tokens from exact_start on."""
+        return self._exact[0]
+
+    @property
+    def values(self) -> Tensor:
+        """Like `keys`."""
+        return self._exact[1]
 
     @property
     def num_queries(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -45,8 +46,23 @@ class ResidualWindow:
         runs = self._runs(start, stop)
         return [self.keys[:, :, a:b] for a, b in runs], [self.values[:, :, a:b] for a, b in runs]
 
+    def gather(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, Hkv, stop - start, D]` of the tokens start .. stop - 1, in order.
+
+        A slice of the ring where they lie in one run, so good until the next write.
+        """
+        keys, values = self.read(start, stop)
+        if len(keys) == 1:
+            return keys[0], values[0]
+        nothing = [self.keys[:, :, :0]]
+        return torch.cat(keys or nothing, dim=2), torch.cat(values or nothing, dim=2)
+
     def take(self, indices: Tensor) -> None:
-        """Make sequence i a copy of what sequence indices[i] was."""
+        """Make sequence i a copy of what sequence indices[i] was, in place if the batch keeps its size."""
         indices = indices.to(self.keys.device)
-        self.keys = self.keys.index_select(0, indices)
-        self.values = self.values.index_select(0, indices)
+        keys, values = self.keys.index_select(0, indices), self.values.index_select(0, indices)
+        if keys.shape == self.keys.shape:
+            self.keys.copy_(keys)
+            self.values.copy_(values)
+        else:
+            self.keys, self.values = keys, values

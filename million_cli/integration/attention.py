@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from million_cli.cache.view import KVView
 from million_cli.errors import UserError
+from million_cli.integration.padding import padding_mask, unless_all_seen
 
 # No "flash", "paged|" or "/" in it: transformers gives those a meaning.
 ATTENTION_NAME = "million_pq"
@@ -87,7 +87,7 @@ def pq_attention_forward(
     Args:
         query: `[B, Hq, N, D]`.
         key, value: `[B, Hkv, T, D]`, or the same `PQHandle` twice.
-        attention_mask: what `sdpa_mask` made: None where causality says it all, else bool `[B, 1, N, T]`.
+        attention_mask: what `padding_mask` made: None where causality says it all, else bool `[B, 1, N, T]`.
 
     Returns:
         `[B, N, Hq, D]`, and no attention weights.
@@ -108,12 +108,13 @@ def pq_attention_forward(
             raise UserError("bidirectional attention: a PQ cache serves causal attention only")
         # sdpa reads "no mask" as causal from the upper left: right only if the queries are all the tokens.
         sdpa_knows = attention_mask is not None or query.shape[2] in (1, view.length)
-        if view.coded or not sdpa_knows:
+        if view.coded or view.pages is not None or not sdpa_knows:
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             output = key.attend(query, view, scale=scale, mask=attention_mask, softcap=softcap)
             return output.transpose(1, 2).contiguous(), None
         key, value = view.keys, view.values
     assert isinstance(value, Tensor)
+    attention_mask = unless_all_seen(attention_mask)
     if softcap is not None:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return _softcapped(query, key, value, attention_mask, scale, softcap), None
@@ -157,4 +158,4 @@ def _softcapped(
 
 
 AttentionInterface.register(ATTENTION_NAME, pq_attention_forward)
-AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+AttentionMaskInterface.register(ATTENTION_NAME, padding_mask)

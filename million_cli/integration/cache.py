@@ -21,18 +21,19 @@ from million_cli.errors import UserError
 from million_cli.integration.attention import PQHandle, use_pq_attention
 from million_cli.integration.compat import reset_dense_layer, tokens_to_remove
 from million_cli.integration.models import fingerprint, full_attention_layers
+from million_cli.integration.padding import LeftPadding
 from million_cli.integration.select import (
-    NO_KERNELS,
+    COMPILED,
     Choice,
     Fallback,
-    KernelQuery,
     Kernels,
     Request,
-    Store,
     choose,
     log_once,
     refuse,
 )
+from million_cli.ops.pages import KernelFailed, PageOps
+from million_cli.ops.support import KernelQuery, Store
 from million_cli.pq.codebook import Codebook
 from million_cli.spec import WindowSpec
 
@@ -92,7 +93,7 @@ class PQCache(Cache):
         codebook: Codebook,
         window: WindowSpec | None,
         request: Request,
-        make_store: dict[Store, Callable[[], CodeStore]],
+        make_store: dict[Store, Callable[[PageOps | None], CodeStore]],
         kernels: Kernels,
     ) -> None:
         config = model if isinstance(model, PreTrainedConfig) else model.config
@@ -120,7 +121,9 @@ class PQCache(Cache):
             window or WindowSpec(),
             ours.num_kv_heads,
             text_config.num_attention_heads // ours.num_kv_heads,
+            softcap=getattr(text_config, "attn_logit_softcapping", None) is not None,
         )
+        self._padding = LeftPadding()
         self._fallbacks: tuple[Fallback, ...] = ()
         self._decide(device, dtype)
         if not isinstance(model, PreTrainedConfig):
@@ -166,24 +169,31 @@ class PQCache(Cache):
         self._query = replace(self._query, device=device, dtype=dtype)
         self._decided = self._choice = choose(self._request, self._query, self._kernels.support)
         self._record(self._choice.fallbacks)
-        self.store = self._make_store[self._choice.store]()
+        ops = self._kernels.make_ops() if self._choice.compute == "kernel" else None
+        self.store = self._make_store[self._choice.store](ops)
+        self._padding.forget()
 
-    def _fall_back(self, store: Store, reason: str, kernel_failed: bool = False) -> None:
-        """Give up what is in use for `store`; the caller moves the contents.
+    def _fall_back(self, store: Store, reason: str) -> None:
+        """Give up what is in use for `store` in torch; the caller moves the contents.
 
         Raises:
             UserError: the run is strict.
         """
-        compute = self._choice.compute
-        if compute == "kernel" and (
-            kernel_failed or self._kernels.support(replace(self._query, store=store))
-        ):
-            compute = "torch"
-        choice = replace(self._choice, fallbacks=()).fall_back(store, compute, reason)
+        choice = replace(self._choice, fallbacks=()).fall_back(store, "torch", reason)
         if self._request.strict:
             refuse(choice)
         self._choice = choice
         self._record(choice.fallbacks)
+
+    def _kernel_failed(self, error: KernelFailed) -> None:
+        """Go on in torch over the same pages.
+
+        Raises:
+            UserError: the run is strict.
+        """
+        assert isinstance(self.store, PagedStore)
+        self._fall_back("paged", f"the kernel failed: {error}")
+        self.store.ops = None
 
     def _record(self, fallbacks: tuple[Fallback, ...]) -> None:
         self._fallbacks += tuple(f for f in fallbacks if f not in self._fallbacks)
@@ -207,39 +217,53 @@ class PQCache(Cache):
                 )
             if (keys.device, keys.dtype) != (self._query.device, self._query.dtype):
                 self._decide(keys.device, keys.dtype)
+        if keys.shape[2] > 1:
+            self._padding.forget()
         try:
             view = self.store.append(position, keys, values)
-        except PagePoolExhausted as error:
-            assert isinstance(self.store, PagedStore)
-            self._fall_back("contiguous", str(error))
-            self.store = self.store.to_contiguous()
+        except KernelFailed as error:
+            self._kernel_failed(error)
             view = self.store.append(position, keys, values)
+        except PagePoolExhausted as error:
+            view = self._without_pages(str(error)).append(position, keys, values)
         except RuntimeError as error:
             if not (isinstance(self.store, PagedStore) and _is_out_of_memory(error)):
                 raise
             size = "that grows" if self.store.max_pages is None else f"of {self.store.max_pages} pages"
-            self._fall_back("contiguous", f"no memory for a pool {size}")
-            self.store = self.store.to_contiguous()
-            view = self.store.append(position, keys, values)
+            view = self._without_pages(f"no memory for a pool {size}").append(position, keys, values)
         return PQHandle(view, self._attend)
+
+    def _without_pages(self, reason: str) -> CodeStore:
+        """Go on in a contiguous store with the same tokens."""
+        assert isinstance(self.store, PagedStore)
+        self._fall_back("contiguous", reason)
+        self.store = self.store.to_contiguous()
+        return self.store
 
     def _attend(
         self, query: Tensor, view: KVView, *, scale: float, mask: Tensor | None, softcap: float | None
     ) -> Tensor:
-        if self._choice.compute == "kernel":
-            try:
-                return self._kernels.attend(query, view, scale=scale, mask=mask, softcap=softcap)
-            except RuntimeError as error:
-                if _is_out_of_memory(error):
-                    raise
-                reason = str(error).splitlines()[0]
-            self._fall_back(self._choice.store, f"the kernel failed: {reason}", kernel_failed=True)
+        if view.pages is not None and self._choice.compute == "kernel":
+            assert isinstance(self.store, PagedStore)
+            assert softcap is None, "refused when the choice was made"
+            first_valid, reason = self._padding.read(mask)
+            if reason is None:
+                try:
+                    return self.store.attend(query, view, scale=scale, first_valid=first_valid)
+                except KernelFailed as error:
+                    self._kernel_failed(error)
+            else:  # this text only
+                passed_over = Fallback(str(self._choice), f"{self._choice.store} torch", reason)
+                if self._request.strict:
+                    refuse(replace(self._choice, fallbacks=(passed_over,)))
+                self._record((passed_over,))
         return attend(query, view, scale=scale, mask=mask, softcap=softcap)
 
     # -- what transformers asks of a cache -------------------------------------------------------------------
 
     def reset(self) -> None:
         """Forget all tokens and free the memory; a paged cache that fell back starts with a pool again."""
+        self._padding.forget()
         if self._choice == self._decided:
             self.store.reset()
         else:
@@ -255,24 +279,28 @@ class PQCache(Cache):
         length = self.store.length()
         removed = tokens_to_remove(argument, length)
         self.store.crop(length - removed)
+        self._padding.forget()
         for layer in self._dense_layers():
             layer.crop(-removed)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence i becomes a copy of sequence beam_idx[i]."""
         self.store.reorder(beam_idx)
+        self._padding.forget()
         for layer in self._dense_layers():
             layer.reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each sequence becomes `repeats` neighbouring copies."""
         self.store.repeat_interleave(repeats)
+        self._padding.forget()
         for layer in self._dense_layers():
             layer.batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences `indices`, in that order."""
         self.store.select(indices)
+        self._padding.forget()
         for layer in self._dense_layers():
             layer.batch_select_indices(indices)
 
@@ -294,10 +322,10 @@ class DynamicPQCache(PQCache):
         window: page size and residual window; the default is 64 and 128 tokens.
         prefill: what several new tokens at once attend to: "exact" K and V of all tokens that were not coded
             before, or "quantized", exactly what they would have seen one by one.
-        compute: "auto" takes a compiled kernel where there is one, "kernel" asks for it, "torch" is the
-            reference.
+        compute: "auto" takes a compiled kernel for decode steps on a GPU where there is one, and compiles it
+            if it has to; "kernel" asks for it anywhere, "torch" is the reference.
         strict: raise instead of falling back to anything that was not asked for.
-        kernels: the compiled kernels of the installation.
+        kernels: where compiled operations come from; the default are the package's own CUDA kernels.
 
     Raises:
         UserError: a codebook of another model, an unsupported architecture, an argument out of range, or a
@@ -313,7 +341,7 @@ class DynamicPQCache(PQCache):
         prefill: Prefill = "exact",
         compute: Literal["auto", "kernel", "torch"] = "auto",
         strict: bool = False,
-        kernels: Kernels = NO_KERNELS,
+        kernels: Kernels = COMPILED,
     ) -> None:
         codebook = codebook if isinstance(codebook, Codebook) else Codebook.load(codebook)
         layers = _layers_of(codebook)
@@ -322,7 +350,7 @@ class DynamicPQCache(PQCache):
             codebook,
             window,
             Request("contiguous", compute, strict),
-            {"contiguous": lambda: ContiguousStore(layers, window, prefill=prefill)},
+            {"contiguous": lambda ops: ContiguousStore(layers, window, prefill=prefill)},
             kernels,
         )
 
@@ -351,7 +379,7 @@ class PagedPQCache(PQCache):
         prefill: Prefill = "exact",
         compute: Literal["auto", "kernel", "torch"] = "auto",
         strict: bool = False,
-        kernels: Kernels = NO_KERNELS,
+        kernels: Kernels = COMPILED,
     ) -> None:
         codebook = codebook if isinstance(codebook, Codebook) else Codebook.load(codebook)
         layers = _layers_of(codebook)
@@ -361,8 +389,10 @@ class PagedPQCache(PQCache):
             window,
             Request("paged", compute, strict),
             {
-                "paged": lambda: PagedStore(layers, window, prefill=prefill, max_pages=max_pages),
-                "contiguous": lambda: ContiguousStore(layers, window, prefill=prefill),
+                "paged": lambda ops: PagedStore(
+                    layers, window, prefill=prefill, max_pages=max_pages, ops=ops
+                ),
+                "contiguous": lambda ops: ContiguousStore(layers, window, prefill=prefill),
             },
             kernels,
         )

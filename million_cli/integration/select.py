@@ -1,7 +1,7 @@
 """Which store and which code serve a run: one pure function, and the record of all that was not as asked.
 
 The order of preference is paged kernel > contiguous kernel > torch.  What a kernel supports is not known
-here: a `KernelSupport` function is asked, and answers with the reason it cannot serve.
+here: `ops.support.support` is asked, and answers with the reason it cannot serve.
 """
 
 from __future__ import annotations
@@ -12,54 +12,36 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal, get_args
 
-import torch
-
-from million_cli.cache.view import attend
 from million_cli.errors import UserError
-from million_cli.integration.attention import Attend
-from million_cli.spec import PQSpec, WindowSpec
+from million_cli.ops.pages import PageOps
+from million_cli.ops.support import KernelQuery, Store, support
 
-Store = Literal["paged", "contiguous"]
 Compute = Literal["kernel", "torch"]
+KernelSupport = Callable[[KernelQuery], str | None]
+"""Returns None if a compiled kernel serves the query, else the reason why none does."""
 
 logger = logging.getLogger("million")
 
 
 @dataclass(frozen=True)
-class KernelQuery:
-    """All that decides whether a compiled kernel can serve: where, over which codes, for which heads."""
-
-    store: Store
-    device: torch.device
-    dtype: torch.dtype
-    spec: PQSpec
-    window: WindowSpec
-    num_kv_heads: int
-    group: int  # G = Hq / Hkv
-
-
-KernelSupport = Callable[[KernelQuery], str | None]
-"""Returns None if a compiled kernel serves the query, else the reason why none does."""
-
-
-def no_kernels(query: KernelQuery) -> str | None:
-    """The support of an installation without compiled kernels."""
-    return f"no compiled kernels for device {query.device.type}"
-
-
-@dataclass(frozen=True)
 class Kernels:
-    """The compiled kernels of an installation: what they support, and attention by them.
+    """The compiled kernels of an installation: what they support, and the operations of one paged cache.
 
-    `attend` has the signature and the meaning of `cache.view.attend`, and is called only for what `support`
-    accepts; a RuntimeError from it makes the cache go on with torch.
+    `make_ops` is called only for what `support` accepts; when an operation fails, the cache goes
+    on with torch.
     """
 
     support: KernelSupport
-    attend: Attend
+    make_ops: Callable[[], PageOps]
 
 
-NO_KERNELS = Kernels(no_kernels, attend)
+def _compiled_pages() -> PageOps:
+    from million_cli.ops.compiled_pages import CompiledPages  # registers ops with torch: only where they run
+
+    return CompiledPages()
+
+
+COMPILED = Kernels(support, _compiled_pages)
 
 
 @dataclass(frozen=True)
@@ -110,7 +92,7 @@ class Choice:
         return Choice(store, compute, (*self.fallbacks, fallback))
 
 
-def choose(request: Request, query: KernelQuery, support: KernelSupport = no_kernels) -> Choice:
+def choose(request: Request, query: KernelQuery, support: KernelSupport = support) -> Choice:
     """Choose store and compute for `request` in the situation that `query` describes.
 
     On a CPU, torch is what "auto" means and no fallback; everywhere else each kernel that was passed over

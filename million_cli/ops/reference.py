@@ -204,7 +204,7 @@ def _lookup(table: Tensor, codes: Tensor) -> Tensor:
     T = codes.shape[2]
     assert B * Hkv * M * C < 1 << 31
     first_row = torch.arange(0, B * Hkv * M * C, C, dtype=torch.int32, device=codes.device).view(B, Hkv, 1, M)
-    rows = (codes.to(torch.int32) + first_row).view(-1, M)
+    rows = (codes.to(torch.int32) + first_row).reshape(-1, M)
     scores = F.embedding_bag(rows, table.reshape(-1, G), mode="sum")
     return scores.view(B, Hkv, T, G).mT.unsqueeze(3).contiguous()
 

@@ -32,9 +32,10 @@ def random_layers(
     values: tuple[int, int] = (2, 6),
     heads: int = HKV,
     rotation_heads: int = HKV,
+    head_dim: int = D,
 ) -> list[tuple[LayerPQ, LayerPQ]]:
     """Quantizers of n layers; `keys` and `values` are (M, nbits)."""
-    k, v = CodeSpec(D, *keys), CodeSpec(D, *values)
+    k, v = CodeSpec(head_dim, *keys), CodeSpec(head_dim, *values)
     return [
         (random_pq(k, heads, rotation_heads, 2 * i), random_pq(v, heads, rotation_heads, 2 * i + 1))
         for i in range(n)

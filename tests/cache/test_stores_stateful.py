@@ -10,6 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
+from torch_pages import TorchPages
 
 from million_cli.cache.contiguous import ContiguousStore
 from million_cli.cache.page_manager import PagePoolExhausted
@@ -26,6 +27,7 @@ class Stores(RuleBasedStateMachine):
     """The model is what was appended: keys and values `[B, HKV, T, D]` a layer, made coarse by crops.
 
     The paged store has a small pool or one that grows; when it runs out it becomes contiguous, as in a run.
+    It works in torch or by compiled operations, here their definitions, until these are said to have failed.
     """
 
     @initialize(
@@ -33,14 +35,21 @@ class Stores(RuleBasedStateMachine):
         prefill=st.sampled_from(["exact", "quantized"]),
         max_pages=st.sampled_from([None, 8, 40]),
         rotated=st.booleans(),
+        ops=st.sampled_from([None, "other layouts", "fragments"]),
         seed=st.integers(0, 1 << 20),
     )
-    def start(self, window, prefill, max_pages, rotated, seed):
+    def start(self, window, prefill, max_pages, rotated, ops, seed):
         torch.manual_seed(seed)
         self.window, self.prefill = window, prefill
-        self.layers = random_layers(LAYERS, values=(2, 5), rotation_heads=HKV if rotated else 0)
+        codes = {"keys": (32, 8), "values": (16, 8)} if ops == "fragments" else {"values": (2, 5)}
+        self.head_dim = 64 if ops == "fragments" else D
+        self.layers = random_layers(
+            LAYERS, rotation_heads=HKV if rotated else 0, head_dim=self.head_dim, **codes
+        )
         self.contiguous = ContiguousStore(self.layers, window, prefill=prefill)
-        self.paged = PagedStore(self.layers, window, prefill=prefill, max_pages=max_pages)
+        self.paged = PagedStore(
+            self.layers, window, prefill=prefill, max_pages=max_pages, ops=TorchPages() if ops else None
+        )
         self.second: CodeStore = self.paged  # or what the paged store became
         self.vectors: list[tuple[Tensor, Tensor]] | None = None
 
@@ -66,7 +75,7 @@ class Stores(RuleBasedStateMachine):
         """One forward pass: all layers, the first first."""
         B = self.batch or batch
         if self.vectors is None:
-            empty = torch.empty(B, HKV, 0, D, dtype=torch.float64)
+            empty = torch.empty(B, HKV, 0, self.head_dim, dtype=torch.float64)
             past = [(empty, empty)] * LAYERS
         else:
             past = self.vectors
@@ -74,8 +83,8 @@ class Stores(RuleBasedStateMachine):
         first_valid = torch.randint(0, start + 2, (B,)) if N % 3 == 0 else None
         now = []
         for layer, (old_k, old_v) in enumerate(past):
-            k, v = torch.randn(2, B, HKV, N, D, dtype=torch.float64)
-            q = torch.randn(B, HKV * G, N, D, dtype=torch.float64)
+            k, v = torch.randn(2, B, HKV, N, self.head_dim, dtype=torch.float64)
+            q = torch.randn(B, HKV * G, N, self.head_dim, dtype=torch.float64)
             try:
                 view = self.second.append(layer, k, v)
             except PagePoolExhausted:
@@ -90,6 +99,11 @@ class Stores(RuleBasedStateMachine):
                 for x in (self.contiguous.append(layer, k, v), view)
             ]
             assert torch.equal(*out)
+            by_ops = isinstance(self.second, PagedStore) and self.second.ops is not None
+            assert (view.pages is not None) == (by_ops and N == 1)
+            if view.pages is not None:
+                assert isinstance(self.second, PagedStore)
+                assert torch.equal(self.second.attend(q, view, scale=0.7, first_valid=first_valid), out[0])
             k, v = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
             seen = [
                 t + 1 if N == 1 or self.prefill == "quantized" else start for t in range(start, start + N)
@@ -146,6 +160,31 @@ class Stores(RuleBasedStateMachine):
         for store in self.stores:
             store.repeat_interleave(repeats)
         self.take([b for b in range(self.batch) for _ in range(repeats)])
+
+    @precondition(lambda self: self.paged.ops is not None)
+    @rule()
+    def kernel_fails(self) -> None:
+        """From here on torch reads and writes the pools that the operations laid out."""
+        self.paged.ops = None
+
+    @precondition(lambda self: self.batch)
+    @rule()
+    def rewind(self) -> None:
+        """Forget the text, keep the tensors: the same batch starts again, in the same places."""
+        B, places = self.batch, [tensor.data_ptr() for tensor in self.tensors()]
+        for store in self.stores:
+            store.reset(release=False)
+            assert (store.batch, store.length(), store.coded()) == (B, 0, 0)
+        assert [tensor.data_ptr() for tensor in self.tensors()] == places
+        empty = torch.empty(B, HKV, 0, self.head_dim, dtype=torch.float64)
+        self.vectors = [(empty, empty)] * LAYERS
+
+    def tensors(self) -> list[Tensor]:
+        if self.second is not self.paged:
+            return []
+        windows = [state.window for state in self.paged._layers]
+        pools = [tensor for pools in self.paged._pools for tensor in pools or ()]
+        return [*(w.keys for w in windows if w), *pools, self.paged.block_table()]
 
     @precondition(lambda self: self.batch)
     @rule()

@@ -10,13 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import WINDOW, codebook_for, forward, random_ids, tiny_model
+from torch_pages import TorchPages
 
 from million_cli.cache.paged import PagedStore
-from million_cli.cache.view import attend
 from million_cli.errors import UserError
 from million_cli.integration import select
 from million_cli.integration.cache import DynamicPQCache, PagedPQCache
-from million_cli.integration.select import Choice, Fallback, KernelQuery, Kernels, Request, choose, no_kernels
+from million_cli.integration.select import Choice, Fallback, Kernels, Request, choose
+from million_cli.ops.support import KernelQuery, support
 from million_cli.spec import CodeSpec, PQSpec
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -58,7 +59,7 @@ def test_torch_last_keeps_the_store_and_names_each_reason() -> None:
 
 def test_torch_on_a_cpu_is_no_fallback_unless_a_kernel_was_asked_for() -> None:
     assert choose(Request("paged"), query(CPU), supporting()) == Choice("paged", "torch")
-    asked = choose(Request("contiguous", "kernel"), query(CPU), no_kernels)
+    asked = choose(Request("contiguous", "kernel"), query(CPU), support)
     assert asked.fallbacks == (
         Fallback("contiguous kernel", "contiguous torch", "no compiled kernels for device cpu"),
     )
@@ -169,46 +170,164 @@ def test_other_runtime_errors_are_not_swallowed(monkeypatch: pytest.MonkeyPatch)
         tokens(PagedPQCache(tiny_model(), codebook_for(), WINDOW))
 
 
-class CountingKernel:
-    """Stands for a compiled kernel: the definition itself, until it has been called `good` times."""
+def torch_kernels(good: int | None = None) -> tuple[Kernels, list[TorchPages]]:
+    """Kernels that are their own definition in torch, serve paged stores and fail after `good` calls."""
+    made: list[TorchPages] = []
 
-    def __init__(self, good: int) -> None:
-        self.good, self.calls = good, 0
+    def make() -> TorchPages:
+        made.append(TorchPages(good))
+        return made[-1]
 
-    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.calls += 1
-        if self.calls > self.good:
-            raise RuntimeError("illegal instruction\nsecond line")
-        return attend(*args, **kwargs)
+    return Kernels(supporting("paged"), make), made
 
 
-def test_kernel_serves_and_a_failing_one_is_replaced() -> None:
+def paged_by_kernel(kernels: Kernels, model: Any = None, **options: Any) -> PagedPQCache:
+    return PagedPQCache(
+        model or tiny_model(), codebook_for(), WINDOW, compute="kernel", kernels=kernels, **options
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prefill_chunk_size": 23}])
+def test_kernel_serves_every_decode_step(options: dict[str, Any]) -> None:
+    expected = tokens(DynamicPQCache(tiny_model(), codebook_for(), WINDOW), **options)
+    kernels, made = torch_kernels()
+    cache = paged_by_kernel(kernels)
+    assert str(cache.backend) == "paged kernel"
+    assert tokens(cache, **options) == expected
+    assert cache.fallbacks == ()
+    (ops,) = made
+    assert ops.calls["append"] == ops.calls["attend"] == 2 * 39  # layers by steps
+    assert ops.calls["encode"] > 0
+
+
+@pytest.mark.parametrize("good", [0, 1, 2, 3, 7, 30])
+def test_failing_kernel_is_replaced_by_torch_over_the_same_pages(good: int) -> None:
     expected = tokens(DynamicPQCache(tiny_model(), codebook_for(), WINDOW))
-    for good in (10_000, 7):
-        kernel = CountingKernel(good)
-        cache = PagedPQCache(
-            tiny_model(), codebook_for(), WINDOW, compute="kernel", kernels=Kernels(lambda q: None, kernel)
-        )
-        assert str(cache.backend) == "paged kernel"
-        assert tokens(cache) == expected
-        if good == 7:
-            assert kernel.calls == 8, "not tried again after its failure"
-            assert cache.fallbacks == (
-                Fallback("paged kernel", "paged torch", "the kernel failed: illegal instruction"),
-            )
-        else:
-            assert kernel.calls > 39
-            assert cache.fallbacks == ()
+    kernels, made = torch_kernels(good)
+    cache = paged_by_kernel(kernels)
+    assert tokens(cache) == expected
+    assert cache.fallbacks == (
+        Fallback("paged kernel", "paged torch", "the kernel failed: illegal instruction"),
+    )
+    assert str(cache.backend) == "paged torch"
+    (ops,) = made
+    assert ops.calls.total() == good + 1, "not tried again after its failure"
+    cache.reset()
+    assert str(cache.backend) == "paged kernel"
+    with pytest.raises(UserError, match="strict run: paged kernel -> paged torch: the kernel failed"):
+        tokens(paged_by_kernel(kernels, strict=True))
 
 
-def test_exhausted_pool_keeps_the_kernel_only_if_it_serves_contiguous_stores() -> None:
-    for stores, got in ((("paged", "contiguous"), "contiguous kernel"), (("paged",), "contiguous torch")):
-        kernels = Kernels(supporting(*stores), CountingKernel(10_000))
-        cache = PagedPQCache(
-            tiny_model(), codebook_for(), WINDOW, max_pages=3, compute="kernel", kernels=kernels
+def test_exhausted_pool_goes_on_in_torch_with_the_same_tokens() -> None:
+    expected = tokens(DynamicPQCache(tiny_model(), codebook_for(), WINDOW))
+    cache = paged_by_kernel(torch_kernels()[0], max_pages=3)
+    assert tokens(cache) == expected
+    assert str(cache.backend) == "contiguous torch"
+    assert [str(f).split(":")[0] for f in cache.fallbacks] == ["paged kernel -> contiguous torch"]
+
+
+# -- padding -------------------------------------------------------------------------------------------------
+
+
+def padded_tokens(cache: Any, mask: torch.Tensor) -> list[list[int]]:
+    ids = random_ids(*mask.shape).masked_fill(mask == 0, 0)
+    return (
+        tiny_model()
+        .generate(
+            ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            max_new_tokens=30,
+            min_new_tokens=30,
+            do_sample=False,
         )
-        tokens(cache)
-        assert str(cache.backend) == got
+        .tolist()
+    )
+
+
+@pytest.mark.parametrize("lengths", [[40, 40], [40, 23], [1, 40]])
+def test_left_padding_reaches_the_kernel_as_first_positions(lengths: list[int]) -> None:
+    mask = (torch.arange(40) >= 40 - torch.tensor(lengths)[:, None]).long()
+    expected = padded_tokens(DynamicPQCache(tiny_model(), codebook_for(), WINDOW), mask)
+    kernels, made = torch_kernels()
+    cache = paged_by_kernel(kernels, strict=True)
+    assert padded_tokens(cache, mask) == expected
+    (ops,) = made
+    assert ops.calls["attend"] == len(ops.first_valid) == 2 * 29
+    if lengths == [40, 40]:
+        assert set(ops.first_valid) == {None}
+    else:
+        assert len({id(first) for first in ops.first_valid}) == 1, "one tensor for all steps"
+        assert ops.first_valid[0].tolist() == [40 - n for n in lengths]
+        assert ops.first_valid[0].dtype == torch.int32
+
+
+def test_padding_with_holes_is_left_to_torch_and_said_so() -> None:
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[1, 10:13] = 0
+    expected = padded_tokens(DynamicPQCache(tiny_model(), codebook_for(), WINDOW), mask)
+    kernels, made = torch_kernels()
+    cache = paged_by_kernel(kernels)
+    assert padded_tokens(cache, mask) == expected
+    assert cache.fallbacks == (Fallback("paged kernel", "paged torch", "an attention mask with holes"),)
+    assert made[0].calls["attend"] == 0
+    assert str(cache.backend) == "paged kernel", "the next text may have no holes"
+    with pytest.raises(UserError, match=r"strict run: .* an attention mask with holes"):
+        padded_tokens(paged_by_kernel(kernels, strict=True), mask)
+
+
+def test_prepared_masks_are_left_to_torch() -> None:
+    model, ids, (kernels, made) = tiny_model(), random_ids(1, 50), torch_kernels()
+    mask = torch.ones(1, 1, 1, 50, dtype=torch.bool)
+    mask[..., 7] = False
+    logits = []
+    for cache in (DynamicPQCache(model, codebook_for(), WINDOW), paged_by_kernel(kernels)):
+        forward(model, cache, ids[:, :49])
+        logits.append(forward(model, cache, ids[:, 49:], mask))
+    assert torch.equal(*logits)
+    assert made[0].calls["attend"] == 0
+    assert "not made from padding alone" in cache.fallbacks[0].reason
+
+
+def test_padding_is_looked_at_again_after_the_batch_was_changed() -> None:
+    model, (kernels, made) = tiny_model(), torch_kernels()
+    padding = torch.tensor([0, 9, 20])
+    mask = (torch.arange(60) >= padding[:, None]).long()
+    ids = random_ids(3, 60)
+    logits = []
+    for cache in (DynamicPQCache(model, codebook_for(), WINDOW), paged_by_kernel(kernels, strict=True)):
+        steps = [forward(model, cache, ids[:, :50], mask[:, :50])]
+        rows, T = torch.arange(3), 50
+        for change in ("none", "reorder", "select", "repeat", "crop", "none"):
+            if change == "reorder":
+                rows = rows[[2, 0, 0]]
+                cache.reorder_cache(torch.tensor([2, 0, 0]))
+            elif change == "select":
+                rows = rows[[0, 1]]
+                cache.batch_select_indices(torch.tensor([0, 1]))
+            elif change == "repeat":
+                rows = rows.repeat_interleave(2)
+                cache.batch_repeat_interleave(2)
+            elif change == "crop":
+                cache.crop(-2)
+                T -= 2
+            T += 1
+            steps.append(forward(model, cache, ids[rows, T - 1 : T], mask[rows, :T]))
+        logits.append(steps)
+    assert all(torch.equal(*pair) for pair in zip(*logits, strict=True))
+    seen = [first.tolist() for first in made[0].first_valid[::2]]
+    assert seen == [[0, 9, 20], [20, 0, 0], [20, 0], [20, 20, 0, 0], [20, 20, 0, 0], [20, 20, 0, 0]]
+
+
+def test_padding_that_grows_is_followed_token_by_token() -> None:
+    """A batch fed one token at a time: the second sequence starts late."""
+    model, ids, (kernels, made) = tiny_model(), random_ids(2, 8), torch_kernels()
+    mask = (torch.arange(8) >= torch.tensor([[0], [3]])).long()
+    cache = paged_by_kernel(kernels, strict=True)
+    for t in range(8):
+        forward(model, cache, ids[:, t : t + 1], mask[:, : t + 1])
+    seen = [first.tolist() for first in made[0].first_valid[::2]]
+    assert seen == [[0, 1], [0, 2], [0, 3], *[[0, 3]] * 5]
 
 
 def test_strict_kernel_on_a_cpu_is_refused_when_the_cache_is_made() -> None:

@@ -1,0 +1,53 @@
+"""Whether the compiled operations can serve a cache here and now, and if not, why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from million_cli.ops.build import SHARED_KIB, KernelsUnavailable, device_architectures
+from million_cli.ops.dispatch import DecodeQuery, decode_reason
+from million_cli.spec import PQSpec, WindowSpec
+
+Store = Literal["paged", "contiguous"]
+
+
+@dataclass(frozen=True)
+class KernelQuery:
+    """All that decides whether compiled kernels can serve: where, over which codes, for which heads."""
+
+    store: Store
+    device: torch.device
+    dtype: torch.dtype
+    spec: PQSpec
+    window: WindowSpec
+    num_kv_heads: int
+    group: int  # G = Hq / Hkv
+    softcap: bool = False  # scores are capped by a tanh
+
+
+def support(query: KernelQuery) -> str | None:
+    """Why the compiled kernels cannot serve `query`, or None.
+
+    The first query that they can serve brings the library into the process, compiled first if it is not in
+    the cache of builds.  Window sizes need no check: `WindowSpec` accepts just those that the kernels do.
+    """
+    if query.device.type != "cuda":
+        return f"no compiled kernels for device {query.device.type}"
+    if query.store != "paged":
+        return f"no compiled kernels for {query.store} stores, supported are paged"
+    if query.softcap:
+        return "no compiled kernels for softcapped scores"
+    try:
+        # One library serves all visible GPUs, built for the one with the least shared memory.
+        arch = min(device_architectures(), key=lambda a: SHARED_KIB[a])
+        reason = decode_reason(DecodeQuery(arch, query.dtype, query.spec, query.window, query.group))
+        if reason is None:
+            from million_cli.ops import compiled  # registers the ops with torch: only where they can run
+
+            compiled.load()
+    except KernelsUnavailable as error:
+        return str(error).splitlines()[0].rstrip(":")
+    return reason

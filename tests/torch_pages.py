@@ -1,0 +1,101 @@
+"""`PageOps` in torch, by the definitions: it reads and writes what a kernel would, and nothing else."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch import Tensor
+
+from million_cli.ops.codes import PagedCodes
+from million_cli.ops.fragment import FragmentLayout, fragment_reason
+from million_cli.ops.layouts import Layout, RowLayout, TransposedLayout
+from million_cli.ops.pages import LayerPages
+from million_cli.ops.reference import attention
+from million_cli.pq.codec import encode
+from million_cli.spec import PQSpec, WindowSpec
+
+
+class TorchPages:
+    """Fragment order where the codes have one, else the layouts that torch does not use for that side.
+
+    Args:
+        good: calls, of all operations together, that succeed; the next one raises as a kernel would.
+    """
+
+    def __init__(self, good: int | None = None) -> None:
+        self.good, self.calls = good, Counter[str]()
+        self.first_valid: list[Tensor | None] = []  # of each `attend`
+
+    def _count(self, name: str) -> None:
+        self.calls[name] += 1
+        if self.good is not None and self.calls.total() > self.good:
+            raise RuntimeError("illegal instruction\nsecond line")
+
+    def layouts(self, spec: PQSpec, page_size: int) -> tuple[Layout, Layout]:
+        if fragment_reason(spec.keys) is None and fragment_reason(spec.values) is None:
+            return (
+                FragmentLayout(spec.keys, page_size, "keys"),
+                FragmentLayout(spec.values, page_size, "values"),
+            )
+        return TransposedLayout(spec.keys, page_size), RowLayout(spec.values, page_size)
+
+    def encode(self, layer: LayerPages, keys: Tensor, values: Tensor, start: int) -> None:
+        self._count("encode")
+        self._encode(layer, keys, values, start)
+
+    def append(self, layer: LayerPages, keys: Tensor, values: Tensor) -> None:
+        self._count("append")
+        window, length = self._window(layer)
+        slot = (length - 1) % window.residual
+        layer.key_window[:, :, slot], layer.value_window[:, :, slot] = keys, values
+        stop, P = window.coded_length(length), window.page_size
+        if stop > window.coded_length(length - 1):
+            slots = torch.arange(stop - P, stop) % window.residual
+            self._encode(layer, layer.key_window[:, :, slots], layer.value_window[:, :, slots], stop - P)
+
+    def attend(self, query: Tensor, layer: LayerPages, *, scale: float, first_valid: Tensor | None) -> Tensor:
+        self._count("attend")
+        self.first_valid.append(first_valid)
+        window, length = self._window(layer)
+        coded = window.coded_length(length)
+        slots = torch.arange(coded, length) % window.residual
+        readers = [
+            PagedCodes(pool, layer.block_table, layout, coded)
+            for pool, layout in zip(self._pools(layer), self._layouts_of(layer), strict=True)
+        ]
+        output = attention(
+            query[:, :, None],
+            *readers,
+            layer.pq_keys,
+            layer.pq_values,
+            layer.key_window[:, :, slots],
+            layer.value_window[:, :, slots],
+            boundaries=(coded,),
+            scale=scale,
+            first_valid=first_valid,
+        )
+        return output[:, :, 0]
+
+    def _window(self, layer: LayerPages) -> tuple[WindowSpec, int]:
+        (length,) = set(layer.lengths.tolist())
+        return WindowSpec(layer.page_size, layer.key_window.shape[2]), length
+
+    def _pools(self, layer: LayerPages) -> tuple[Tensor, Tensor]:
+        return layer.key_pool, layer.value_pool
+
+    def _layouts_of(self, layer: LayerPages) -> tuple[Layout, Layout]:
+        return self.layouts(PQSpec(layer.pq_keys.spec, layer.pq_values.spec), layer.page_size)
+
+    def _encode(self, layer: LayerPages, keys: Tensor, values: Tensor, start: int) -> None:
+        P = layer.page_size
+        for x, pq, pool, layout in zip(
+            (keys, values),
+            (layer.pq_keys, layer.pq_values),
+            self._pools(layer),
+            self._layouts_of(layer),
+            strict=True,
+        ):
+            pages = layout.pack(encode(x, pq).unflatten(2, (-1, P)))  # [B, Hkv, n, *page_shape]
+            for i in range(pages.shape[2]):
+                pool[layer.block_table[:, start // P + i].long()] = pages[:, :, i]
