@@ -127,7 +127,7 @@ def test_the_chat_template_is_used_where_published(starting, tiny):
 
 def test_the_limit_counts_the_prompt_and_the_room_counts_all(starting):
     prompt = "x" * 100
-    # limit 20: 9 characters and the special token, and 10 from the end; the template adds U: and |A: and its own
+    # limit 20: 9 characters and the special token, and 10 from the end; the template adds U:, |A: and its own
     assert len(fit(starting, prompt, chat=True, room=60, limit=20)) == 19 + 6
     # 101 tokens are too many for 60, and so are 59 characters with 6; 53 are not
     assert len(fit(starting, prompt, chat=True, room=60)) == 53 + 6

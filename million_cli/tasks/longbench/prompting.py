@@ -48,7 +48,9 @@ def fit(tokenizer: Any, prompt: str, chat: bool, room: int, limit: int | None = 
         ids = encode(tokenizer, truncate_middle(tokenizer, prompt, limit), chat)
         if len(ids) <= room:
             return ids
-        limit -= len(ids) - room
+        # By the excess, which is all it takes beside a template; where cut characters were replaced by longer
+        # ones that may be far too much, hence not below the half.
+        limit = max(limit - (len(ids) - room), limit // 2)
     raise no_room(room)
 
 
