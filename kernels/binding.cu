@@ -236,10 +236,77 @@ void paged_decode(Tensor q, Tensor key_pool, Tensor value_pool, Tensor block_tab
   check_launch(million::launch_paged_decode(p, shape, int(blocks), stream_of(q)), "paged_decode", q);
 }
 
+void contiguous_decode(Tensor q, Tensor key_codes, Tensor value_codes, Tensor lengths, OptionalTensor first_valid,
+                       Tensor key_table, Tensor value_table, OptionalTensor key_rotation, OptionalTensor value_rotation,
+                       Tensor key_window, Tensor value_window, Tensor workspace, Tensor out, double scale,
+                       int64_t page_size, int64_t value_layout, int64_t splits) {
+  STD_TORCH_CHECK(q.dim() == 3, "q has shape ", shape_of(q), ", expected [B, Hq, D]");
+  STD_TORCH_CHECK(key_codes.dim() == 4, "key_codes have shape ", shape_of(key_codes), ", expected [B, Hkv, capacity, M]");
+  const int64_t B = q.size(0), Hq = q.size(1), D = q.size(2), Hkv = key_codes.size(1);
+  const int64_t capacity = key_codes.size(2), MK = key_codes.size(3);
+  million::LookupDecodeParams p;
+  p.dtype = dtype_of(q, "q");
+  check(q, "q", q.scalar_type(), {B, Hq, D});
+  check(out, "out", q.scalar_type(), {B, Hq, D});
+  STD_TORCH_CHECK(page_size > 0 && page_size % 16 == 0 && page_size <= 256, "page_size=", page_size,
+                  ": a multiple of 16 up to 256");
+  STD_TORCH_CHECK(capacity > 0 && capacity % page_size == 0, "key_codes ", shape_of(key_codes),
+                  ": capacity a multiple of page_size=", page_size);
+  STD_TORCH_CHECK(Hkv > 0 && Hq % Hkv == 0, "q ", shape_of(q), " has no whole number of heads for each of ", Hkv,
+                  " key/value heads");
+  STD_TORCH_CHECK(value_layout == 0 || value_layout == 1, "value_layout=", value_layout, ": 0 (rows) or 1 (transposed)");
+  check(key_codes, "key_codes", ScalarType::Byte, {B, Hkv, capacity, MK});
+  int64_t MV = 0;
+  if (value_layout == 0) {
+    check(value_codes, "value_codes", ScalarType::Byte, {B, Hkv, capacity, -1});
+    MV = value_codes.size(3);
+  } else {
+    check(value_codes, "value_codes", ScalarType::Byte, {B, Hkv, capacity / page_size, -1, page_size});
+    MV = value_codes.size(3);
+  }
+  check(lengths, "lengths", ScalarType::Int, {B});
+  if (first_valid.has_value()) check(*first_valid, "first_valid", ScalarType::Int, {B});
+  for (const Tensor* table : {&key_table, &value_table}) {
+    check(*table, "table", ScalarType::Half, {-1, million::kCentroids, D});
+    STD_TORCH_CHECK(table->size(0) == 1 || table->size(0) == Hkv, "table ", shape_of(*table),
+                    ": one set, or one for each of ", Hkv, " heads");
+  }
+  const int64_t R = key_window.dim() == 4 ? key_window.size(2) : 0;
+  check(key_window, "key_window", q.scalar_type(), {B, Hkv, R, D});
+  check(value_window, "value_window", q.scalar_type(), {B, Hkv, R, D});
+  STD_TORCH_CHECK(R % page_size == 0 && R > page_size, "key_window ", shape_of(key_window), ": a multiple of page_size=",
+                  page_size, " tokens, larger than it");
+  STD_TORCH_CHECK(scale > 0, "scale=", scale, ": positive");
+  STD_TORCH_CHECK(splits > 0 && splits <= 65535, "splits=", splits);
+  if (B == 0) return;
+  const int64_t counters = (B * Hq * 4 + 255) / 256 * 256, bytes = counters + B * Hq * splits * (2 * D + 4) * 4;
+  STD_TORCH_CHECK(workspace.scalar_type() == ScalarType::Byte && workspace.is_cuda() && workspace.numel() >= bytes,
+                  "workspace ", shape_of(workspace), ": uint8 on the device, at least ", bytes);
+  p.q = q.data_ptr(), p.out = out.data_ptr();
+  p.key_codes = static_cast<const uint8_t*>(key_codes.data_ptr());
+  p.value_codes = static_cast<const uint8_t*>(value_codes.data_ptr());
+  p.lengths = static_cast<const int*>(lengths.data_ptr());
+  p.first_valid = first_valid.has_value() ? static_cast<const int*>(first_valid->data_ptr()) : nullptr;
+  p.key_table = static_cast<const __half*>(key_table.data_ptr());
+  p.value_table = static_cast<const __half*>(value_table.data_ptr());
+  p.key_rotation = rotation_pointer(key_rotation, "key_rotation", Hkv, D, &p.key_rotation_heads);
+  p.value_rotation = rotation_pointer(value_rotation, "value_rotation", Hkv, D, &p.value_rotation_heads);
+  p.key_window = key_window.data_ptr(), p.value_window = value_window.data_ptr();
+  p.counters = static_cast<int*>(workspace.data_ptr());
+  p.partials = reinterpret_cast<float*>(static_cast<uint8_t*>(workspace.data_ptr()) + counters);
+  p.scale = float(scale), p.capacity = capacity;
+  p.batch = int(B), p.kv_heads = int(Hkv), p.group = int(Hq / Hkv), p.page_size = int(page_size), p.residual = int(R);
+  p.key_table_heads = int(key_table.size(0)), p.value_table_heads = int(value_table.size(0));
+  p.value_layout = static_cast<million::Layout>(value_layout);
+  const DeviceGuard guard(q.get_device_index());
+  check_launch(million::launch_lookup_decode(p, int(D), int(MK), int(MV), int(splits), stream_of(q)), "contiguous_decode", q);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(million, CUDA, m) {
   m.impl("pq_encode", TORCH_BOX(&encode));
   m.impl("append", TORCH_BOX(&append));
   m.impl("paged_decode", TORCH_BOX(&paged_decode));
+  m.impl("contiguous_decode", TORCH_BOX(&contiguous_decode));
 }

@@ -5,6 +5,7 @@
 
 #include "decode_params.h"
 #include "encode_params.h"
+#include "lookup_params.h"
 
 namespace million {
 
@@ -14,6 +15,8 @@ struct DecodeShape {
 };
 
 cudaError_t launch_paged_decode(const PagedDecodeParams& params, DecodeShape shape, int blocks, cudaStream_t stream);
+cudaError_t launch_lookup_decode(const LookupDecodeParams& params, int head_dim, int m_keys, int m_values, int splits,
+                                 cudaStream_t stream);
 cudaError_t launch_encode(const EncodeParams& params, int head_dim, int m, cudaStream_t stream);
 cudaError_t launch_append(const AppendParams& params, int head_dim, int m_keys, int m_values, cudaStream_t stream);
 

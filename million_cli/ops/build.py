@@ -1,8 +1,8 @@
 """Compiling the CUDA sources with nvcc, into a cache, at first use or ahead of time.
 
-A library is keyed by all it is made of: sources, flags, compiler, torch and architectures.  A change of any of
-them is a new entry and nothing is ever overwritten.  Two processes that want the same library wait for one
-another on a lock; an entry that is incomplete or altered is built again.
+A library is keyed by all it is made of: sources, flags, compiler, torch and architectures.  A change of any
+of them is a new entry and nothing is ever overwritten.  Two processes that want the same library wait for
+one another on a lock; an entry that is incomplete or altered is built again.
 
 `python -m million_cli.ops.build --check` compiles everything for one architecture without keeping it.
 """

@@ -1,7 +1,7 @@
 """The compiled ops: their schemas, fake implementations and the functions that call them.
 
-The ops exist (`torch.ops.million.*`) as soon as this module is imported, so that `torch.compile` and `opcheck`
-know them; they run once `load()` has brought the library in.  All write into tensors they are given, allocate
+The ops exist (`torch.ops.million.*`) as soon as this module is imported, so that `torch.compile` and
+`opcheck` know them; they run once `load()` has brought the library in.  All write into tensors they are given, allocate
 nothing and never synchronise: lengths are read on the device, so a CUDA graph can hold them.
 
 Letters: B batch, Hq/Hkv heads, T tokens, D head_dim, M subspaces, P page size, R residual window.
@@ -38,12 +38,19 @@ _LIBRARY.define(
     "float scale, int page_size, int heads, int blocks) -> ()"
 )
 
+_LIBRARY.define(
+    "contiguous_decode(Tensor q, Tensor key_codes, Tensor value_codes, Tensor lengths, Tensor? first_valid, "
+    "Tensor key_table, Tensor value_table, Tensor? key_rotation, Tensor? value_rotation, Tensor key_window, "
+    "Tensor value_window, Tensor(a!) workspace, Tensor(b!) out, float scale, int page_size, "
+    "int value_layout, int splits) -> ()"
+)
+
 
 def _writes_only(*arguments: object) -> None:
     """The fake implementation of all: results go into tensors that the caller made."""
 
 
-for _name in ("pq_encode", "append", "paged_decode"):
+for _name in ("pq_encode", "append", "paged_decode", "contiguous_decode"):
     torch.library.register_fake(f"million::{_name}", _writes_only, lib=_LIBRARY)
 
 
@@ -213,5 +220,61 @@ def paged_decode(
         q, key_pool, value_pool, block_table, lengths, first_valid, key_table, value_table,
         key_rotation, value_rotation, key_window, value_window, plan.workspace, out,
         scale, page_size, plan.heads, plan.blocks,
+    )  # fmt: skip
+    return out
+
+
+@dataclass(frozen=True)
+class LookupPlan:
+    """Launch of a contiguous decode for one shape on one device; the workspace as in `DecodePlan`."""
+
+    splits: int
+    workspace: Tensor
+
+    @classmethod
+    def make(cls, batch: int, q_heads: int, head_dim: int, device: torch.device) -> LookupPlan:
+        rows = batch * q_heads
+        splits = heuristics.lookup_splits(
+            rows, torch.cuda.get_device_properties(device).multi_processor_count
+        )
+        size = heuristics.lookup_workspace_bytes(rows, head_dim, splits)
+        return cls(splits, torch.zeros(size, dtype=torch.uint8, device=device))
+
+
+def contiguous_decode(
+    q: Tensor,
+    key_codes: Tensor,
+    value_codes: Tensor,
+    lengths: Tensor,
+    first_valid: Tensor | None,
+    key_table: Tensor,
+    value_table: Tensor,
+    key_rotation: Tensor | None,
+    value_rotation: Tensor | None,
+    key_window: Tensor,
+    value_window: Tensor,
+    plan: LookupPlan,
+    *,
+    scale: float,
+    page_size: int,
+    value_layout: CodeLayout = CodeLayout.ROW,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`paged_decode` over contiguous codes, scores by a table of fp16 entries, in 99 KiB of shared memory.
+
+    Args:
+        key_codes: uint8 [B, Hkv, capacity, M] rows; capacity is a multiple of P.
+        value_codes: the same, or with TRANSPOSED pages [B, Hkv, capacity / P, M, P].
+        page_size: P, the number of tokens that become codes at a time.
+        All else as in `paged_decode`.
+
+    Raises:
+        RuntimeError: a shape or dtype that does not fit; the line names it.
+    """
+    load()
+    out = torch.empty_like(q) if out is None else out
+    torch.ops.million.contiguous_decode(
+        q, key_codes, value_codes, lengths, first_valid, key_table, value_table, key_rotation, value_rotation,
+        key_window, value_window, plan.workspace, out, scale, page_size, int(value_layout), plan.splits,
     )  # fmt: skip
     return out

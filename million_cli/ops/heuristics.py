@@ -39,3 +39,17 @@ def workspace_bytes(sets: int, heads: int, head_dim: int, blocks: int) -> int:
     """
     counters = -(-sets * 4 // 256) * 256
     return counters + (blocks + sets) * heads * (2 * head_dim + 2) * 4
+
+
+def lookup_splits(rows: int, multiprocessors: int) -> int:
+    """Spans of tokens a query head for `rows` = B * Hq: two blocks of the lookup kernel a multiprocessor.
+
+    Example: 32 heads on 132 multiprocessors -> 8 (256 blocks); 1024 rows -> 1.
+    """
+    assert rows >= 1
+    return max(1, 2 * multiprocessors // rows)
+
+
+def lookup_workspace_bytes(rows: int, head_dim: int, splits: int) -> int:
+    """Bytes that a launch of the lookup-table kernel needs; must agree with kernels/binding.cu."""
+    return -(-rows * 4 // 256) * 256 + rows * splits * (2 * head_dim + 4) * 4

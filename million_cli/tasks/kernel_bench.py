@@ -61,6 +61,9 @@ CASES = (
 )
 """The shapes whose figures are tracked; the dense rows of a shape are measured beside each."""
 
+LOOKUP_CASES = (CASES[1], CASES[4])
+"""Cases that the contiguous lookup-table kernel is measured on too, in both layouts of the values."""
+
 WINDOW = WindowSpec(page_size=64, residual=128)
 
 
@@ -84,6 +87,10 @@ def bench(cases: tuple[Case, ...] = CASES, replays: int = 30) -> Iterator[dict[s
         yield _row(
             gpu, case, "fragment", best, page_size=WINDOW.page_size, **_paged_row(case, device, replays)
         )
+        if case in LOOKUP_CASES:
+            for layout in (compiled.CodeLayout.ROW, compiled.CodeLayout.TRANSPOSED):
+                measured = _lookup_row(case, layout, device, replays)
+                yield _row(gpu, case, layout.name.lower(), best, page_size=WINDOW.page_size, **measured)
         torch.cuda.empty_cache()
 
 
@@ -227,6 +234,35 @@ def _paged_row(case: Case, device: torch.device, replays: int) -> dict[str, Any]
         "rel_err": _relative_error(launches[0]()[0, :group], exact),
         **times,
     }
+
+
+def _lookup_row(
+    case: Case, layout: compiled.CodeLayout, device: torch.device, replays: int
+) -> dict[str, Any]:
+    dtype = getattr(torch, case.dtype)
+    B, Hkv, D, P, R = case.batch, case.kv_heads, case.head_dim, WINDOW.page_size, WINDOW.residual
+    coded = WINDOW.coded_length(case.context)
+    nbytes = B * Hkv * coded * (case.m_keys + case.m_values)
+    nbytes += 2 * B * Hkv * (case.context - coded) * D * dtype.itemsize
+    tables = [torch.randn(Hkv, 256, D, device=device).half() for _ in range(2)]
+    lengths = torch.full((B,), case.context, dtype=torch.int32, device=device)
+    q = torch.randn(B, case.q_heads, D, dtype=dtype, device=device)
+    plan = compiled.LookupPlan.make(B, case.q_heads, D, device)
+    transposed = layout is compiled.CodeLayout.TRANSPOSED
+    shape = (coded // P, case.m_values, P) if transposed else (coded, case.m_values)
+    launches: list[Callable[[], Tensor]] = []
+    for _ in range(_buffers(nbytes)):
+        keys = torch.randint(0, 256, (B, Hkv, coded, case.m_keys), dtype=torch.uint8, device=device)
+        values = torch.randint(0, 256, (B, Hkv, *shape), dtype=torch.uint8, device=device)
+        windows = [torch.randn(B, Hkv, R, D, dtype=dtype, device=device) for _ in range(2)]
+        launches.append(
+            partial(
+                compiled.contiguous_decode,
+                q, keys, values, lengths, None, tables[0], tables[1], None, None, windows[0], windows[1],
+                plan, scale=D**-0.5, page_size=P, value_layout=layout,
+            )
+        )  # fmt: skip
+    return {"impl": "million lookup", "bytes_read": nbytes, **time_graph(launches, replays)}
 
 
 def encode_row(device: torch.device, replays: int) -> dict[str, Any]:

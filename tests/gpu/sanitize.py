@@ -2,6 +2,7 @@
 
 import torch
 from cases import DEVICE, Case, Shape
+from test_lookup import decode
 
 from million_cli.ops import compiled
 
@@ -10,6 +11,8 @@ for q_heads, m_values, head_dim in ((2, 64, 128), (8, 32, 128), (8, 16, 64)):
         Shape([700, 129], q_heads, 2, head_dim, head_dim // 2, m_values, rotations="head", first_valid=[3, 0])
     )
     case.decode()
+    decode(case, compiled.CodeLayout.ROW)
+    decode(case, compiled.CodeLayout.TRANSPOSED)
     D = head_dim
     x = torch.randn(2, 2, 128, D, device=DEVICE).half()
     compiled.pq_encode(

@@ -10,6 +10,7 @@ WRITTEN = {
     "pq_encode": {"codes"},
     "append": {"key_window", "value_window", "key_codes", "value_codes"},
     "paged_decode": {"workspace", "out"},
+    "contiguous_decode": {"workspace", "out"},
 }
 
 

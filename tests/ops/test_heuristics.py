@@ -4,7 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from million_cli.ops.heuristics import MIN_FILL, decode_blocks, head_sets, heads_per_block, workspace_bytes
+from million_cli.ops.heuristics import (
+    MIN_FILL,
+    decode_blocks,
+    head_sets,
+    heads_per_block,
+    lookup_splits,
+    lookup_workspace_bytes,
+    workspace_bytes,
+)
 
 
 @pytest.mark.parametrize(
@@ -34,3 +42,8 @@ def test_blocks_fill_the_device(sets: int, multiprocessors: int) -> None:
 def test_workspace() -> None:
     # 32 counters in 256 bytes, 160 partial results of one head: 128 + 128 sums, a maximum and a denominator.
     assert workspace_bytes(sets=32, heads=1, head_dim=128, blocks=128) == 256 + 160 * 258 * 4
+
+
+def test_lookup_table_kernel() -> None:
+    assert [lookup_splits(rows, 132) for rows in (1, 32, 264, 1024)] == [264, 8, 1, 1]
+    assert lookup_workspace_bytes(32, 128, 8) == 256 + 32 * 8 * 260 * 4
