@@ -7,8 +7,11 @@ from pathlib import Path
 
 from transformers.cache_utils import Cache, DynamicCache
 
+from million_cli.errors import UserError
+from million_cli.integration.baselines import Codec, CodecSpec, SimulatedCache, make_codec
 from million_cli.integration.cache import DynamicPQCache, PagedPQCache, PQCache
 from million_cli.integration.distort import DistortCache
+from million_cli.pipelines.config import BASELINES
 from million_cli.pipelines.session import Session
 from million_cli.pipelines.train_codebook import train
 from million_cli.pq import Codebook
@@ -22,6 +25,7 @@ class Caches:
 
     Attributes:
         codebook: that serves the job, and `codebook_path`, its file; None for a dense cache.
+        codec: of an alternative to product quantization, whose caches are simulated.
 
     Raises:
         UserError: the codebook is missing or belongs to another model, or see `train`.
@@ -31,6 +35,7 @@ class Caches:
         self.session = session
         self.codebook: Codebook | None = None
         self.codebook_path: Path | None = None
+        self.codec: Codec | None = None
         self._fallbacks: dict[str, None] = {}
         self._latest: Cache | None = None
         config = session.config
@@ -38,6 +43,19 @@ class Caches:
             self.codebook_path = Path(config.codebook) if config.codebook else train(session)
             self.codebook = Codebook.load(self.codebook_path)
             self.codebook.check(session.fingerprint)
+        elif config.quantizer.kind in BASELINES:
+            self.codec = make_codec(config.quantizer.kind, self._codec_spec())
+
+    def _codec_spec(self) -> CodecSpec:
+        config = self.session.config
+        return CodecSpec(
+            self.session.fingerprint.head_dim,
+            config.cache.page_size,
+            config.quantizer.nbits,
+            config.quantizer.group,
+            config.quantizer.hadamard,
+            config.seed,
+        )
 
     def __call__(self, prefill: Prefill) -> Cache:
         """An empty cache; see `tasks.base.CacheFactory`."""
@@ -53,6 +71,10 @@ class Caches:
 
     def _make(self, prefill: Prefill) -> Cache:
         config, model = self.session.config, self.session.model
+        if self.codec is not None:
+            if prefill == "distort":
+                raise UserError(f"mode=distort: accepted for pq quantizers, not for {config.quantizer.name}")
+            return SimulatedCache(model, self.codec, config.cache.window(), prefill=prefill)
         if self.codebook is None:
             return DynamicCache(config=model.config)
         if prefill == "distort":

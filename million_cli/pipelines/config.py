@@ -17,7 +17,8 @@ from million_cli.spec import SCOPES, CodeSpec, PQSpec, WindowSpec
 from million_cli.text import TextConfig
 
 CACHES = ("dense", "contiguous", "paged")
-QUANTIZERS = ("dense", "pq")
+BASELINES = ("fp8", "kivi", "per-token", "quanto", "hqq")
+QUANTIZERS = ("dense", "pq", *BASELINES)
 TRAINERS = ("torch", "faiss")
 SEEDINGS = ("kmeans++", "random")
 STAGES = ("baseline", "sample", "train", "evaluate", "bench")
@@ -88,13 +89,20 @@ class QuantizerConfig:
     """How keys and values are stored.
 
     Attributes:
-        kind: `dense` (not at all) or `pq`.
+        kind: `dense` (not at all), `pq`, or an alternative of `integration.baselines`: `fp8`, `kivi`,
+            `per-token`, `quanto` or `hqq`, which are simulated (quality, not memory or time).
+        nbits: of an alternative's codes, 1 to 8.
+        group: elements that share a scale in an alternative.
+        hadamard: rotate first (`per-token` only).
         scope: one codebook for all (`merged`), per `layer`, or per layer and KV `head`.
         seeding: of k-means: `kmeans++`, or `random` as FAISS does it.
     """
 
     name: str = "dense"
     kind: str = "dense"
+    nbits: int = 4
+    group: int = 64
+    hadamard: bool = False
     scope: str = "head"
     seeding: str = "kmeans++"
     keys: SideConfig = field(default_factory=SideConfig)

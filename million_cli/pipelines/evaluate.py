@@ -109,7 +109,8 @@ def _measured(session: Session, caches: Caches, task: Any, text: Any) -> dict[st
     cache = {
         **dense,
         "codebook": hashlib.sha256(codebook.read_bytes()).hexdigest() if codebook else None,
-        "cache": asdict(config.cache) if codebook else None,
+        "quantizer": None if codebook else {**asdict(config.quantizer), "name": ""},
+        "cache": asdict(config.cache) if config.quantizer.kind != "dense" else None,
         "strict": config.strict,
     }
     key = stage_key(
