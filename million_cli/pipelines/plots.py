@@ -16,7 +16,7 @@ COLOURS = "tab10"
 STAGE_COLOURS = "tab20"
 
 PANELS = (
-    ("kl_e3", "KL from the dense model (10⁻³ nats a token)", None),
+    ("kl_e3", "KL from dense (10⁻³ nats a token)", None),
     ("perplexity", "perplexity", "perplexity_dense"),
     ("recall", "recall (share of questions)", "recall_dense"),
     ("cache_ratio", "KV cache bytes / 16-bit dense bytes", None),
