@@ -249,7 +249,10 @@ class PagedStore(CodeStore):
             return
         self._manager.share(new[:, : self._pages].flatten().tolist())
         self._manager.free(old[:, : self._pages].flatten().tolist())
-        self._table = new
+        if new.shape == old.shape:
+            old.copy_(new)
+        else:
+            self._table = new
         self._stale.update(self._mirrors)
 
     def _release(self) -> None:

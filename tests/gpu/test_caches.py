@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -59,7 +59,7 @@ CASES = [
 ]
 
 
-@cache
+@lru_cache
 def models(case: Case) -> tuple[PreTrainedModel, PreTrainedModel, Codebook]:
     """The model in the case's dtype, the same in float32, their codebook."""
     hidden = 256
@@ -76,7 +76,7 @@ def models(case: Case) -> tuple[PreTrainedModel, PreTrainedModel, Codebook]:
         "tie_word_embeddings": False,
         "initializer_range": hidden**-0.5,  # K and V as large as the centroids
     }
-    model = random_model(config, dtype=case.dtype).to(DEVICE)
+    model = random_model(config, dtype=case.dtype, device=DEVICE)
     codebook = random_codebook(model, (case.m_keys, 8), (case.m_values, 8), case.rotated)
     return model, copy.deepcopy(model).float(), codebook
 
@@ -244,7 +244,7 @@ class Steps:
     """A store of one layer at 100 tokens a sequence, and random tokens to append."""
 
     def __init__(self, max_pages: int | None = 200) -> None:
-        model, _, codebook = models(CASES[0])
+        codebook = models(CASES[0])[2]
         self.store = PagedStore(
             [(codebook.keys.layer(0), codebook.values.layer(0))],
             SMALL,

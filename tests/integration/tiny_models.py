@@ -10,14 +10,15 @@ from functools import cache
 from typing import Any
 
 import torch
+from random_codebook import random_codebook
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
-from million_cli.integration.models import fingerprint, random_model
-from million_cli.pq.codebook import Codebook, CodebookMeta, ProductQuantizer
-from million_cli.spec import CodeSpec, WindowSpec
+from million_cli.integration.models import random_model
+from million_cli.pq.codebook import Codebook, ProductQuantizer
+from million_cli.spec import WindowSpec
 
 VOCABULARY = 61
 WINDOW = WindowSpec(page_size=16, residual=32)
@@ -67,32 +68,7 @@ def _tiny_model(architecture: str, seed: int) -> PreTrainedModel:
 @cache
 def codebook_for(architecture: str = "llama", rotated: bool = True) -> Codebook:
     """Random centroids and rotations: keys in 8 subspaces of 5 bits, values in 4 of 8 bits."""
-    print_ = fingerprint(tiny_model(architecture))
-    generator = torch.Generator().manual_seed(1)
-    L, Hkv, D = len(print_.layers), print_.num_kv_heads, print_.head_dim
-
-    def side(M: int, nbits: int) -> ProductQuantizer:
-        spec = CodeSpec(D, M, nbits)
-        centroids = torch.randn(L, Hkv, M, spec.C, spec.dsub, generator=generator)
-        rotation = torch.linalg.qr(torch.randn(L, Hkv, D, D, generator=generator))[0] if rotated else None
-        return ProductQuantizer(spec, "head", centroids, rotation)
-
-    meta = CodebookMeta(
-        fingerprint=print_,
-        calibration="none",
-        calibration_sha256="",
-        tokens=0,
-        samples=0,
-        seed=1,
-        trainer="random",
-        seeding="none",
-        iterations=0,
-        key_rotation="random",
-        value_rotation="random",
-        key_error=[],
-        value_error=[],
-    )
-    return Codebook(side(8, 5), side(4, 8), meta)
+    return random_codebook(tiny_model(architecture), (8, 5), (4, 8), rotated)
 
 
 def random_ids(B: int, T: int, seed: int = 0) -> Tensor:
