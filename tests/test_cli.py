@@ -171,7 +171,7 @@ def test_report_shows_what_was_measured(million):
 
 BAD = [
     (["eval", "task=chess"], "task=chess: accepted are "),
-    (["eval", "quantizer=pq-9bit"], "quantizer=pq-9bit: accepted are dense, million-paper"),
+    (["eval", "quantizer=pq-9bit"], "quantizer=pq-9bit: accepted are dense, "),
     (["eval", "model=gpt"], "model=gpt: accepted are folder"),
     (["eval", "cache.size=3"], "unknown key cache.size; accepted are extended_residual"),
     (["eval", "+cache.size=3"], "unknown key cache.size; accepted are extended_residual"),
