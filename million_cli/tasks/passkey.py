@@ -100,7 +100,8 @@ def measure(
             theirs = completions(model, tokenizer, prompts, dense, config.new_tokens)
             ours = completions(model, tokenizer, prompts, cache, config.new_tokens)
             answers += [
-                (is_correct(a, item), is_correct(b, item)) for a, b, item in zip(ours, theirs, part, strict=True)
+                (is_correct(a, item), is_correct(b, item))
+                for a, b, item in zip(ours, theirs, part, strict=True)
             ]
             memory = memory_metrics(cache, dense)
             bar.update(len(part))
