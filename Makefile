@@ -18,7 +18,6 @@ endif
 
 demo: $(SETUP)
 	$(PY) -m million_cli run experiment=demo --multirun cache=dense,contiguous,paged
-	$(PY) -m million_cli report experiment=demo
 
 test: $(SETUP)
 	$(PY) -m pytest tests -n 2 --ignore=tests/gpu

@@ -203,7 +203,7 @@ def _finish(table: Path, run_id: str) -> int:
     if any(row["status"] == "ok" for row in rows):
         from million_cli.pipelines.report import show
 
-        show(rows, table)
+        show(rows, table, plot=len(rows) > 1)  # one point makes no plot
     statuses = {row["status"] for row in rows}
     return next((EXIT_CODES[status] for status in ("failed", "refused") if status in statuses), 0)
 
