@@ -25,10 +25,8 @@ def balanced_rotation(samples: Tensor, M: int) -> Tensor:
 
     The columns of subspace m are eigenvectors of the head's covariance, in order of falling variance.
     """
-    H, n, D = samples.shape
-    x = samples.double()
-    x = x - x.mean(1, keepdim=True)
-    variances, vectors = torch.linalg.eigh(x.mT @ x / n)
+    H, _, D = samples.shape
+    variances, vectors = torch.linalg.eigh(torch.stack([_covariance(head) for head in samples]))
     variances, vectors = variances.flip(-1), vectors.flip(-1)
     # eigh leaves the sign of an eigenvector open: fixed here, whatever the library.
     largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
@@ -89,6 +87,13 @@ def procrustes(x: Tensor, y: Tensor) -> Tensor:
     """
     u, _, vt = torch.linalg.svd((x.mT @ y).double())
     return u @ vt
+
+
+def _covariance(samples: Tensor) -> Tensor:
+    """Of one head's samples [n, D], around their mean: float64 [D, D]."""
+    x = samples.double()
+    x = x - x.mean(0)
+    return x.T @ x / len(x)
 
 
 def _points(rotated: Tensor, spec: CodeSpec, shared: bool) -> Tensor:
