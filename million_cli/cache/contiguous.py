@@ -10,6 +10,7 @@ from torch import Tensor
 from million_cli.cache.store import CodeStore, Prefill
 from million_cli.ops.codes import CodeReader, ContiguousCodes
 from million_cli.ops.layouts import RowLayout
+from million_cli.ops.store_ops import StoreOps
 from million_cli.pq.codebook import LayerPQ
 from million_cli.pq.codec import Backend
 from million_cli.spec import WindowSpec
@@ -31,11 +32,13 @@ class ContiguousStore(CodeStore):
         prefill: Prefill = "exact",
         backend: Backend = "torch",
         max_length: int | None = None,
+        ops: StoreOps | None = None,
     ) -> None:
-        super().__init__(layers, window, prefill=prefill, backend=backend)
+        super().__init__(layers, window, prefill=prefill, backend=backend, ops=ops)
         self._reserved_tokens = self.window.coded_length(max_length or 0)
         P = self.window.page_size
         self._layouts = (RowLayout(self.spec.keys, P), RowLayout(self.spec.values, P))
+        assert ops is None or ops.layouts(self.spec, P) == self._layouts
         self._buffers: list[tuple[Tensor, Tensor] | None] = [None] * self.num_layers
 
     def _reserve(self, layer: int, coded: int, like: Tensor) -> None:
@@ -46,6 +49,8 @@ class ContiguousStore(CodeStore):
             return
         P = self.window.page_size
         capacity = max(coded, self._reserved_tokens, -(-capacity * 5 // 4 // P) * P)
+        if self.ops is not None:
+            capacity = max(capacity, P)  # a launch wants memory to point at
         new = [
             like.new_empty(B, Hkv, capacity, lay.spec.row_bytes, dtype=torch.uint8) for lay in self._layouts
         ]
@@ -68,6 +73,11 @@ class ContiguousStore(CodeStore):
             ContiguousCodes(buffers[0], self._layouts[0], coded),
             ContiguousCodes(buffers[1], self._layouts[1], coded),
         )
+
+    def _code_tensors(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        buffers = self._buffers[layer]
+        assert buffers is not None
+        return (*buffers, None)
 
     def _truncate(self) -> None:
         pass  # rows past the length are overwritten

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,11 +10,10 @@ from torch import Tensor
 from million_cli.cache.contiguous import ContiguousStore
 from million_cli.cache.page_manager import PageManager, PageStats
 from million_cli.cache.store import CodeStore, LayerState, Prefill
-from million_cli.cache.view import KVView
 from million_cli.errors import UserError
 from million_cli.ops.codes import CodeReader, PagedCodes
 from million_cli.ops.layouts import Layout, RowLayout, TransposedLayout
-from million_cli.ops.pages import KernelFailed, LayerPages, PageOps
+from million_cli.ops.store_ops import StoreOps
 from million_cli.pq.codebook import LayerPQ
 from million_cli.pq.codec import Backend
 from million_cli.spec import WindowSpec
@@ -32,8 +30,6 @@ class PagedStore(CodeStore):
         max_pages: size of the pool, fixed; an append that needs more raises `PagePoolExhausted` and changes
             nothing, so the run can go on from `to_contiguous()`.  Pools, block table and its device copies
             then stay where they are until `reset()`.  None: the pool grows by an eighth when it is used up.
-        ops: compiled operations that encode, append and attend in place of torch, and whose layouts the pools
-            take.  Setting the attribute to None later goes on in torch over the same pools.
 
     Raises:
         UserError: max_pages is below 1.
@@ -47,14 +43,13 @@ class PagedStore(CodeStore):
         prefill: Prefill = "exact",
         backend: Backend = "torch",
         max_pages: int | None = None,
-        ops: PageOps | None = None,
+        ops: StoreOps | None = None,
     ) -> None:
         if max_pages is not None and max_pages < 1:
             raise UserError(f"max_pages={max_pages}: accepted are positive integers")
-        super().__init__(layers, window, prefill=prefill, backend=backend)
+        super().__init__(layers, window, prefill=prefill, backend=backend, ops=ops)
         self.max_pages = max_pages
         P = self.window.page_size
-        self.ops = ops
         self._layouts: tuple[Layout, Layout] = (
             (RowLayout(self.spec.keys, P), TransposedLayout(self.spec.values, P))
             if ops is None
@@ -66,7 +61,6 @@ class PagedStore(CodeStore):
         self._table = torch.zeros(0, 0, dtype=torch.int32)  # on the host: the truth
         self._mirrors: dict[torch.device, Tensor] = {}
         self._stale: set[torch.device] = set()
-        self._lengths: dict[torch.device, tuple[Tensor, int]] = {}  # and what the tensor holds
 
     @property
     def page_stats(self) -> PageStats:
@@ -88,8 +82,8 @@ class PagedStore(CodeStore):
         self._stale.discard(device)
         return mirror
 
-    def to_contiguous(self) -> ContiguousStore:
-        """The same tokens in a contiguous store: same codes and windows, so the same attention, bit for bit.
+    def to_contiguous(self, ops: StoreOps | None = None) -> ContiguousStore:
+        """The same tokens in a contiguous store: same codes and windows, so the same attention.
 
         The layers may be at different lengths (amid a forward pass).  Afterwards this store is empty.
         """
@@ -98,6 +92,7 @@ class PagedStore(CodeStore):
             self.window,
             prefill=self.prefill,
             backend=self.backend,
+            ops=ops,
         )
         for layer, state in enumerate(self._layers):
             if state.window is None:
@@ -112,66 +107,10 @@ class PagedStore(CodeStore):
         self.reset()
         return target
 
-    def attend(
-        self, query: Tensor, view: KVView, *, scale: float, first_valid: Tensor | None = None
-    ) -> Tensor:
-        """Attention of the newest token, `query [B, Hq, 1, D]`, by `ops`; see `cache.view.attend`.
-
-        first_valid: int32 `[B]` on the device, tokens before it (left padding) are not seen.
-
-        Raises:
-            KernelFailed: the compiled operation failed.
-        """
-        assert self.ops is not None
-        assert view.pages is not None
-        output = _run(self.ops.attend, query.squeeze(2), view.pages, scale=scale, first_valid=first_valid)
-        return output.unsqueeze(2)
-
-    def _append_token(self, layer: int, k: Tensor, v: Tensor) -> None:
-        if self.ops is None:
-            return super()._append_token(layer, k, v)
-        _run(self.ops.append, self._device_pages(layer, self.length(layer) + 1), k[:, :, 0], v[:, :, 0])
-
-    def _encode(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
-        if self.ops is None:
-            return super()._encode(layer, start, k, v)
-        _run(self.ops.encode, self._device_pages(layer, self.length(layer)), k, v, start)
-
-    def _kernel_pages(self, layer: int) -> LayerPages | None:
-        return None if self.ops is None else self._device_pages(layer, self.length(layer))
-
-    def _device_pages(self, layer: int, length: int) -> LayerPages:
-        """A layer of `length` tokens as the compiled operations see it."""
-        state, pools = self._layers[layer], self._pools[layer]
-        assert state.window is not None
+    def _code_tensors(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        pools = self._pools[layer]
         assert pools is not None
-        device = pools[0].device
-        return LayerPages(
-            state.keys,
-            state.values,
-            *pools,
-            self.block_table(device),
-            state.window.keys,
-            state.window.values,
-            self._device_lengths(device, length),
-            self.window.page_size,
-        )
-
-    def _device_lengths(self, device: torch.device, length: int) -> Tensor:
-        """int32 `[B]` on the device, all `length`: one tensor for the layers, changed in place.
-
-        The first layer of a decode step adds one, the others find it done: as replayable as any launch.
-        """
-        assert self.batch is not None
-        lengths, held = self._lengths.get(device, (None, -1))
-        if lengths is None or lengths.shape[0] != self.batch:
-            lengths = torch.full((self.batch,), length, dtype=torch.int32, device=device)
-        elif held + 1 == length:
-            lengths.add_(1)
-        elif held != length:
-            lengths.fill_(length)
-        self._lengths[device] = (lengths, length)
-        return lengths
+        return (*pools, self.block_table(pools[0].device))
 
     def _reserve(self, layer: int, coded: int, like: Tensor) -> None:
         B, Hkv = like.shape[:2]
@@ -257,7 +196,7 @@ class PagedStore(CodeStore):
 
     def _release(self) -> None:
         self._table = torch.zeros(0, 0, dtype=torch.int32)
-        self._mirrors, self._stale, self._lengths = {}, set(), {}
+        self._mirrors, self._stale = {}, set()
         self._pools = [None] * self.num_layers
 
     def _code_bytes(self) -> dict[str, int]:
@@ -268,20 +207,10 @@ class PagedStore(CodeStore):
                 filled = in_use * pool[:1].nbytes
                 used[side] += filled
                 reserved += pool.nbytes - filled
-        tables = [self._table, *self._mirrors.values(), *(lengths for lengths, _ in self._lengths.values())]
+        tables = [self._table, *self._mirrors.values()]
         return {
             "key_codes": used[0],
             "value_codes": used[1],
             "block_table": sum(table.nbytes for table in tables),
             "pool_reserved": reserved,
         }
-
-
-def _run(operation: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """Call a compiled operation; what fails in it, short of memory, is a `KernelFailed` of one line."""
-    try:
-        return operation(*arguments, **options)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise KernelFailed(str(error).splitlines()[0]) from error

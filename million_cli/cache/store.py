@@ -9,10 +9,10 @@ Letters: B batch, Hkv KV heads, N new tokens, D head_dim, M subspaces, P page si
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from million_cli.cache.view import KVView
 from million_cli.cache.window import ResidualWindow
 from million_cli.errors import UserError
 from million_cli.ops.codes import CodeReader
-from million_cli.ops.pages import LayerPages
+from million_cli.ops.store_ops import DeviceLayer, KernelFailed, StoreOps
 from million_cli.pq.codebook import LayerPQ
 from million_cli.pq.codec import Backend, decode, encode
 from million_cli.spec import PQSpec, WindowSpec
@@ -55,6 +55,8 @@ class CodeStore(ABC):
             what it would see if the tokens were appended one by one.  An append of one token is a decode step
             under either: the query sees the state after the append.
         backend: codec used to encode.
+        ops: compiled operations that encode, append and attend in place of torch and say how codes are laid
+            out.  Setting the attribute to None later goes on in torch over the same tensors.
 
     Raises:
         UserError: prefill is neither "exact" nor "quantized".
@@ -67,6 +69,7 @@ class CodeStore(ABC):
         *,
         prefill: Prefill = "exact",
         backend: Backend = "torch",
+        ops: StoreOps | None = None,
     ) -> None:
         if prefill not in PREFILLS:
             raise UserError(f"prefill={prefill!r}: accepted are {', '.join(PREFILLS)}")
@@ -74,8 +77,10 @@ class CodeStore(ABC):
         self.window = window or WindowSpec()
         self.prefill: Prefill = prefill
         self.backend: Backend = backend
+        self.ops = ops
         self.batch: int | None = None
         self._layers = [LayerState(keys, values) for keys, values in layers]
+        self._lengths: dict[torch.device, tuple[Tensor, int]] = {}  # and the length it holds
 
     # -- reading ---------------------------------------------------------------------------------------------
 
@@ -113,11 +118,12 @@ class CodeStore(ABC):
     def memory(self) -> dict[str, int]:
         """Bytes of the tensors held, by use; codebooks are the caller's.
 
-        key_codes, value_codes: pages or rows that hold tokens.  window: the rings, full or not.  block_table:
-        host and device copies, and lengths on the device (0 when contiguous).  pool_reserved: allocated for
-        codes, not in use.
+        key_codes, value_codes: pages or rows that hold tokens.  window: the rings, full or not, and the
+        device's lengths.  block_table: host and device copies (0 when contiguous).  pool_reserved: allocated
+        for codes, not in use.
         """
         window = sum(state.window.nbytes for state in self._layers if state.window is not None)
+        window += sum(lengths.nbytes for lengths, _ in self._lengths.values())
         codes = self._code_bytes()
         return {**codes, "window": window, "total": sum(codes.values()) + window}
 
@@ -151,7 +157,11 @@ class CodeStore(ABC):
             if state.keys.centroids.device != k.device:
                 state.keys, state.values = state.keys.to(k.device), state.values.to(k.device)
         self.batch = B
-        if N == 1:
+        device_layer = None
+        if N == 1 and self.ops is not None:
+            device_layer = self._device_layer(layer, end)
+            _run(self.ops.append, device_layer, k[:, :, 0], v[:, :, 0])
+        elif N == 1:
             self._append_token(layer, k, v)
         else:
             exact_k, exact_v = self._append_tokens(layer, k, v)
@@ -173,7 +183,7 @@ class CodeStore(ABC):
             exact_start=boundaries[0],
             length=end,
             boundaries=boundaries,
-            pages=self._kernel_pages(layer) if N == 1 else None,
+            device_layer=device_layer,
         )
 
     def _append_token(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -205,6 +215,9 @@ class CodeStore(ABC):
     def _encode(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
         """Encode `[B, Hkv, n, D]`, whole pages, as the tokens start .. start + n - 1."""
         state = self._layers[layer]
+        if self.ops is not None:
+            _run(self.ops.encode, self._device_layer(layer, state.length), k, v, start)
+            return
         self._write(
             layer,
             start,
@@ -212,9 +225,55 @@ class CodeStore(ABC):
             encode(v, state.values, backend=self.backend),
         )
 
-    def _kernel_pages(self, layer: int) -> LayerPages | None:
-        """The layer as a compiled kernel reads it, if one keeps this store."""
-        return None
+    def attend(
+        self, query: Tensor, view: KVView, *, scale: float, first_valid: Tensor | None = None
+    ) -> Tensor:
+        """Attention of the newest token, `query [B, Hq, 1, D]`, by `ops`; see `cache.view.attend`.
+
+        first_valid: int32 `[B]` on the device, tokens before it (left padding) are not seen.
+
+        Raises:
+            KernelFailed: the compiled operation failed.
+        """
+        assert self.ops is not None
+        assert view.device_layer is not None
+        output = _run(
+            self.ops.attend, query.squeeze(2), view.device_layer, scale=scale, first_valid=first_valid
+        )
+        return output.unsqueeze(2)
+
+    def _device_layer(self, layer: int, length: int) -> DeviceLayer:
+        """A layer of `length` tokens as the compiled operations see it."""
+        state = self._layers[layer]
+        assert state.window is not None
+        keys, values, block_table = self._code_tensors(layer)
+        return DeviceLayer(
+            state.keys,
+            state.values,
+            keys,
+            values,
+            block_table,
+            state.window.keys,
+            state.window.values,
+            self._device_lengths(keys.device, length),
+            self.window.page_size,
+        )
+
+    def _device_lengths(self, device: torch.device, length: int) -> Tensor:
+        """int32 `[B]` on the device, all `length`: one tensor for the layers, changed in place.
+
+        The first layer of a decode step adds one, the others find it done: as replayable as any launch.
+        """
+        assert self.batch is not None
+        lengths, held = self._lengths.get(device, (None, -1))
+        if lengths is None or lengths.shape[0] != self.batch:
+            lengths = torch.full((self.batch,), length, dtype=torch.int32, device=device)
+        elif held + 1 == length:
+            lengths.add_(1)
+        elif held != length:
+            lengths.fill_(length)
+        self._lengths[device] = (lengths, length)
+        return lengths
 
     def reset(self, release: bool = True) -> None:
         """Forget all tokens; with `release` all tensors too.
@@ -228,7 +287,7 @@ class CodeStore(ABC):
                 state.window = None
         self._truncate()
         if release:
-            self.batch = None
+            self.batch, self._lengths = None, {}
             self._release()
 
     @torch.no_grad()
@@ -293,6 +352,10 @@ class CodeStore(ABC):
         """Store codes `[B, Hkv, n, M]` of the tokens start .. start + n - 1, whole pages in reserved room."""
 
     @abstractmethod
+    def _code_tensors(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Key codes, value codes and block table of a layer, as in `DeviceLayer`."""
+
+    @abstractmethod
     def _readers(self, layer: int, coded: int) -> tuple[CodeReader, CodeReader]:
         """Readers of the first `coded` tokens of a layer that has been appended to."""
 
@@ -323,3 +386,13 @@ def _boundaries(window: WindowSpec, prefill: Prefill, start: int, end: int) -> t
 
 def _slices(k: Tensor, v: Tensor, first: int) -> tuple[Tensor, Tensor]:
     return k[:, :, first:], v[:, :, first:]
+
+
+def _run(operation: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Call a compiled operation; what fails in it, short of memory, is a `KernelFailed` of one line."""
+    try:
+        return operation(*arguments, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise KernelFailed(str(error).splitlines()[0]) from error

@@ -9,8 +9,8 @@ from functools import cached_property
 from torch import Tensor
 
 from million_cli.ops.codes import CodeReader
-from million_cli.ops.pages import LayerPages
 from million_cli.ops.reference import attention
+from million_cli.ops.store_ops import DeviceLayer
 from million_cli.pq.codebook import LayerPQ
 
 
@@ -28,7 +28,7 @@ class KVView:
         exact_start: equals boundaries[0].
         length: tokens a sequence, the new ones included.
         boundaries: N non-decreasing token counts, one a query.
-        pages: the layer as a compiled kernel reads it, if the store is kept by one and N is 1; else None.
+        device_layer: the layer as a compiled kernel reads it, if the store is kept by one and N is 1.
     """
 
     key_codes: CodeReader
@@ -39,7 +39,7 @@ class KVView:
     exact_start: int
     length: int
     boundaries: Sequence[int]
-    pages: LayerPages | None = None
+    device_layer: DeviceLayer | None = None
 
     @cached_property
     def _exact(self) -> tuple[Tensor, Tensor]:

@@ -108,7 +108,7 @@ def pq_attention_forward(
             raise UserError("bidirectional attention: a PQ cache serves causal attention only")
         # sdpa reads "no mask" as causal from the upper left: right only if the queries are all the tokens.
         sdpa_knows = attention_mask is not None or query.shape[2] in (1, view.length)
-        if view.coded or view.pages is not None or not sdpa_knows:
+        if view.coded or view.device_layer is not None or not sdpa_knows:
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             output = key.attend(query, view, scale=scale, mask=attention_mask, softcap=softcap)
             return output.transpose(1, 2).contiguous(), None

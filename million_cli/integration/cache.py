@@ -25,6 +25,7 @@ from million_cli.integration.padding import LeftPadding
 from million_cli.integration.select import (
     COMPILED,
     Choice,
+    Compute,
     Fallback,
     Kernels,
     Request,
@@ -32,7 +33,7 @@ from million_cli.integration.select import (
     log_once,
     refuse,
 )
-from million_cli.ops.pages import KernelFailed, PageOps
+from million_cli.ops.store_ops import KernelFailed, StoreOps
 from million_cli.ops.support import KernelQuery, Store
 from million_cli.pq.codebook import Codebook
 from million_cli.spec import WindowSpec
@@ -93,7 +94,7 @@ class PQCache(Cache):
         codebook: Codebook,
         window: WindowSpec | None,
         request: Request,
-        make_store: dict[Store, Callable[[PageOps | None], CodeStore]],
+        make_store: dict[Store, Callable[[StoreOps | None], CodeStore]],
         kernels: Kernels,
     ) -> None:
         config = model if isinstance(model, PreTrainedConfig) else model.config
@@ -169,30 +170,29 @@ class PQCache(Cache):
         self._query = replace(self._query, device=device, dtype=dtype)
         self._decided = self._choice = choose(self._request, self._query, self._kernels.support)
         self._record(self._choice.fallbacks)
-        ops = self._kernels.make_ops() if self._choice.compute == "kernel" else None
+        ops = self._kernels.make_ops(self._choice.store) if self._choice.compute == "kernel" else None
         self.store = self._make_store[self._choice.store](ops)
         self._padding.forget()
 
-    def _fall_back(self, store: Store, reason: str) -> None:
-        """Give up what is in use for `store` in torch; the caller moves the contents.
+    def _fall_back(self, store: Store, compute: Compute, reason: str) -> None:
+        """Give up what is in use; the caller moves the contents.
 
         Raises:
             UserError: the run is strict.
         """
-        choice = replace(self._choice, fallbacks=()).fall_back(store, "torch", reason)
+        choice = replace(self._choice, fallbacks=()).fall_back(store, compute, reason)
         if self._request.strict:
             refuse(choice)
         self._choice = choice
         self._record(choice.fallbacks)
 
     def _kernel_failed(self, error: KernelFailed) -> None:
-        """Go on in torch over the same pages.
+        """Go on in torch over the same codes.
 
         Raises:
             UserError: the run is strict.
         """
-        assert isinstance(self.store, PagedStore)
-        self._fall_back("paged", f"the kernel failed: {error}")
+        self._fall_back(self._choice.store, "torch", f"the kernel failed: {error}")
         self.store.ops = None
 
     def _record(self, fallbacks: tuple[Fallback, ...]) -> None:
@@ -236,15 +236,17 @@ class PQCache(Cache):
     def _without_pages(self, reason: str) -> CodeStore:
         """Go on in a contiguous store with the same tokens."""
         assert isinstance(self.store, PagedStore)
-        self._fall_back("contiguous", reason)
-        self.store = self.store.to_contiguous()
+        kernel = self._choice.compute == "kernel" and (
+            self._kernels.support(replace(self._query, store="contiguous")) is None
+        )
+        self._fall_back("contiguous", "kernel" if kernel else "torch", reason)
+        self.store = self.store.to_contiguous(self._kernels.make_ops("contiguous") if kernel else None)
         return self.store
 
     def _attend(
         self, query: Tensor, view: KVView, *, scale: float, mask: Tensor | None, softcap: float | None
     ) -> Tensor:
-        if view.pages is not None and self._choice.compute == "kernel":
-            assert isinstance(self.store, PagedStore)
+        if view.device_layer is not None and self._choice.compute == "kernel":
             assert softcap is None, "refused when the choice was made"
             first_valid, reason = self._padding.read(mask)
             if reason is None:
@@ -350,7 +352,7 @@ class DynamicPQCache(PQCache):
             codebook,
             window,
             Request("contiguous", compute, strict),
-            {"contiguous": lambda ops: ContiguousStore(layers, window, prefill=prefill)},
+            {"contiguous": lambda ops: ContiguousStore(layers, window, prefill=prefill, ops=ops)},
             kernels,
         )
 
@@ -392,7 +394,7 @@ class PagedPQCache(PQCache):
                 "paged": lambda ops: PagedStore(
                     layers, window, prefill=prefill, max_pages=max_pages, ops=ops
                 ),
-                "contiguous": lambda ops: ContiguousStore(layers, window, prefill=prefill),
+                "contiguous": lambda ops: ContiguousStore(layers, window, prefill=prefill, ops=ops),
             },
             kernels,
         )

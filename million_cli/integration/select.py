@@ -13,7 +13,7 @@ from functools import cache
 from typing import Literal, get_args
 
 from million_cli.errors import UserError
-from million_cli.ops.pages import PageOps
+from million_cli.ops.store_ops import StoreOps
 from million_cli.ops.support import KernelQuery, Store, support
 
 Compute = Literal["kernel", "torch"]
@@ -25,23 +25,23 @@ logger = logging.getLogger("million")
 
 @dataclass(frozen=True)
 class Kernels:
-    """The compiled kernels of an installation: what they support, and the operations of one paged cache.
+    """The compiled kernels of an installation: what they support, and the operations of one store.
 
     `make_ops` is called only for what `support` accepts; when an operation fails, the cache goes
     on with torch.
     """
 
     support: KernelSupport
-    make_ops: Callable[[], PageOps]
+    make_ops: Callable[[Store], StoreOps]
 
 
-def _compiled_pages() -> PageOps:
-    from million_cli.ops.compiled_pages import CompiledPages  # registers ops with torch: only where they run
+def _compiled_ops(store: Store) -> StoreOps:
+    from million_cli.ops import compiled_store  # registers ops with torch: only where they run
 
-    return CompiledPages()
+    return compiled_store.CompiledPaged() if store == "paged" else compiled_store.CompiledContiguous()
 
 
-COMPILED = Kernels(support, _compiled_pages)
+COMPILED = Kernels(support, _compiled_ops)
 
 
 @dataclass(frozen=True)

@@ -36,13 +36,16 @@ def support(query: KernelQuery) -> str | None:
     """
     if query.device.type != "cuda":
         return f"no compiled kernels for device {query.device.type}"
-    if query.store != "paged":
-        return f"no compiled kernels for {query.store} stores, supported are paged"
     if query.softcap:
         return "no compiled kernels for softcapped scores"
     try:
-        # One library serves all visible GPUs, built for the one with the least shared memory.
-        arch = min(device_architectures(), key=lambda a: SHARED_KIB[a])
+        # One library serves all visible GPUs, built for the one with the least shared memory.  The contiguous
+        # kernel fits in the least there is, so for it any GPU is as good as the largest.
+        devices = device_architectures()
+        arch = min(
+            devices if query.store == "paged" else [max(SHARED_KIB, key=SHARED_KIB.__getitem__)],
+            key=SHARED_KIB.__getitem__,
+        )
         reason = decode_reason(DecodeQuery(arch, query.dtype, query.spec, query.window, query.group))
         if reason is None:
             from million_cli.ops import compiled  # registers the ops with torch: only where they can run

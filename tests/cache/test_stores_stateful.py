@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
-from torch_pages import TorchPages
+from torch_ops import TorchOps
 
 from million_cli.cache.contiguous import ContiguousStore
 from million_cli.cache.page_manager import PagePoolExhausted
@@ -46,9 +46,11 @@ class Stores(RuleBasedStateMachine):
         self.layers = random_layers(
             LAYERS, rotation_heads=HKV if rotated else 0, head_dim=self.head_dim, **codes
         )
-        self.contiguous = ContiguousStore(self.layers, window, prefill=prefill)
+        self.contiguous = ContiguousStore(
+            self.layers, window, prefill=prefill, ops=TorchOps("contiguous") if ops else None
+        )
         self.paged = PagedStore(
-            self.layers, window, prefill=prefill, max_pages=max_pages, ops=TorchPages() if ops else None
+            self.layers, window, prefill=prefill, max_pages=max_pages, ops=TorchOps() if ops else None
         )
         self.second: CodeStore = self.paged  # or what the paged store became
         self.vectors: list[tuple[Tensor, Tensor]] | None = None
@@ -67,8 +69,11 @@ class Stores(RuleBasedStateMachine):
         assert lengths == [0 if self.vectors is None else self.vectors[0][0].shape[2]] * LAYERS
         self.check()  # the failed append changed nothing
         assert before[0] == self.paged.page_stats
-        self.second = self.paged.to_contiguous()
+        self.second = self.paged.to_contiguous(self.ops_of_the_fallback())
         assert self.paged.page_stats.in_use == 0
+
+    def ops_of_the_fallback(self) -> TorchOps | None:
+        return None if self.paged.ops is None else TorchOps("contiguous")
 
     @rule(N=st.one_of(st.just(1), st.integers(1, 70)), batch=st.integers(1, 3))
     def append(self, N: int, batch: int) -> None:
@@ -92,18 +97,16 @@ class Stores(RuleBasedStateMachine):
                 if self.vectors is not None:
                     self.fall_back()
                 else:
-                    self.second = self.paged.to_contiguous()
+                    self.second = self.paged.to_contiguous(self.ops_of_the_fallback())
                 view = self.second.append(layer, k, v)
-            out = [
-                attend(q, x, scale=0.7, first_valid=first_valid)
-                for x in (self.contiguous.append(layer, k, v), view)
-            ]
+            views = self.contiguous.append(layer, k, v), view
+            out = [attend(q, x, scale=0.7, first_valid=first_valid) for x in views]
             assert torch.equal(*out)
-            by_ops = isinstance(self.second, PagedStore) and self.second.ops is not None
-            assert (view.pages is not None) == (by_ops and N == 1)
-            if view.pages is not None:
-                assert isinstance(self.second, PagedStore)
-                assert torch.equal(self.second.attend(q, view, scale=0.7, first_valid=first_valid), out[0])
+            for store, x in zip(self.stores, views, strict=True):
+                assert (x.device_layer is not None) == (store.ops is not None and N == 1)
+                if x.device_layer is not None:
+                    by_ops = store.attend(q, x, scale=0.7, first_valid=first_valid)
+                    assert torch.equal(by_ops, out[0])
             k, v = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
             seen = [
                 t + 1 if N == 1 or self.prefill == "quantized" else start for t in range(start, start + N)
@@ -164,8 +167,9 @@ class Stores(RuleBasedStateMachine):
     @precondition(lambda self: self.paged.ops is not None)
     @rule()
     def kernel_fails(self) -> None:
-        """From here on torch reads and writes the pools that the operations laid out."""
-        self.paged.ops = None
+        """From here on torch reads and writes the tensors that the operations laid out."""
+        for store in (*self.stores, self.paged):
+            store.ops = None
 
     @precondition(lambda self: self.batch)
     @rule()

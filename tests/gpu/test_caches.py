@@ -1,7 +1,8 @@
 """Caches whose decode steps run on the compiled kernels, inside models, against the same caches in torch.
 
 The measure is the caches' own: logits of the model in float32 with a torch cache are the reference, and the
-kernels in half precision may be twice as far from them as torch in half precision is.
+kernels in half precision may be twice as far from them as torch in half precision is; three times where
+scores come from a table, whose entries are rounded to fp16.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from million_cli.cache.paged import PagedStore
 from million_cli.integration.cache import DynamicPQCache, PagedPQCache, PQCache
 from million_cli.integration.models import random_model
 from million_cli.integration.padding import LeftPadding, padding_mask
-from million_cli.ops.compiled_pages import CompiledPages
+from million_cli.ops.compiled_store import CompiledPaged
 from million_cli.pq.codebook import Codebook
 from million_cli.spec import WindowSpec
 
@@ -88,10 +89,12 @@ def random_ids(B: int, T: int) -> Tensor:
 class Runs:
     """The same text through three caches: kernels, torch in the same dtype, torch in float32."""
 
-    def __init__(self, case: Case, **options: Any) -> None:
+    def __init__(self, case: Case, store: str = "paged", **options: Any) -> None:
         self.model, self.exact_model, codebook = models(case)
-        self.kernel = PagedPQCache(self.model, codebook, case.window, **options)
-        assert str(self.kernel.backend) == "paged kernel", self.kernel.backend
+        cache_class = PagedPQCache if store == "paged" else DynamicPQCache
+        self.kernel: PQCache = cache_class(self.model, codebook, case.window, **options)
+        assert str(self.kernel.backend) == f"{store} kernel", self.kernel.backend
+        self.factor = 2 if store == "paged" else 3
         self.torch = DynamicPQCache(self.model, codebook, case.window, compute="torch")
         self.exact = DynamicPQCache(self.exact_model, codebook, case.window, compute="torch")
         self.squares = torch.zeros(3, dtype=torch.float64, device=DEVICE)
@@ -121,7 +124,7 @@ class Runs:
     def check(self) -> None:
         size, ours, own = self.squares.sqrt().tolist()
         assert size > 0
-        assert ours <= 2 * own + 1e-3 * size, (ours / size, own / size)
+        assert ours <= self.factor * own + 1e-3 * size, (ours / size, own / size)
 
     def check_codes(self) -> None:
         """The first layer's inputs are the same, so are its codes but for ties."""
@@ -142,9 +145,21 @@ def test_decode_steps(case: Case, prompt: int) -> None:
     assert runs.kernel.fallbacks == ()
 
 
+@pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[6]], ids=str)
+def test_decode_steps_over_contiguous_codes(case: Case) -> None:
+    for prompt in (3, 150):
+        runs = Runs(case, "contiguous", strict=True)
+        ids = random_ids(2, prompt + 80 + case.window.residual)
+        runs.forward(ids[:, :prompt])
+        runs.decode(ids, prompt)
+        runs.check()
+        runs.check_codes()
+
+
+@pytest.mark.parametrize("store", ["paged", "contiguous"])
 @pytest.mark.parametrize("case", [CASES[0], CASES[5]], ids=str)
-def test_left_padding(case: Case) -> None:
-    runs, ids = Runs(case, strict=True), random_ids(3, 140)
+def test_left_padding(case: Case, store: str) -> None:
+    runs, ids = Runs(case, store, strict=True), random_ids(3, 140)
     mask = (torch.arange(140, device=DEVICE) >= torch.tensor([[0], [17], [70]], device=DEVICE)).long()
     runs.forward(ids[:, :80], mask[:, :80])
     runs.decode(ids, 80, mask)
@@ -170,8 +185,9 @@ def test_prefill_in_chunks_and_turns() -> None:
     runs.check_codes()
 
 
-def test_batch_operations_and_crop() -> None:
-    runs, ids = Runs(CASES[0], strict=True), random_ids(4, 200)
+@pytest.mark.parametrize("store", ["paged", "contiguous"])
+def test_batch_operations_and_crop(store: str) -> None:
+    runs, ids = Runs(CASES[0], store, strict=True), random_ids(4, 200)
     runs.forward(ids[:3, :90])
     runs.decode(ids[:3, :110], 90)
     for cache in runs.caches:
@@ -203,8 +219,9 @@ def test_generate_with_beams_on_padded_batches() -> None:
     assert cache.fallbacks == ()
 
 
-def test_exhausted_pool_goes_on_in_torch_with_the_same_codes() -> None:
+def test_exhausted_pool_goes_on_contiguously_with_the_same_codes() -> None:
     runs, ids = Runs(CASES[0], max_pages=14), random_ids(2, 200)
+    runs.factor = 3
     runs.forward(ids[:, :100])
     before: list[Tensor] = []
     for t in range(100, 200):
@@ -212,7 +229,7 @@ def test_exhausted_pool_goes_on_in_torch_with_the_same_codes() -> None:
             before = [codes.read(0, codes.length) for codes in runs.kernel.store.codes(1)]
         runs.forward(ids[:, t : t + 1])
     (fallback,) = runs.kernel.fallbacks
-    assert (fallback.wanted, fallback.got) == ("paged kernel", "contiguous torch")
+    assert (fallback.wanted, fallback.got) == ("paged kernel", "contiguous kernel")
     assert isinstance(runs.kernel.store, ContiguousStore)
     for codes, old in zip(runs.kernel.store.codes(1), before, strict=True):
         assert old.shape[2] == 7 * SMALL.page_size
@@ -221,12 +238,12 @@ def test_exhausted_pool_goes_on_in_torch_with_the_same_codes() -> None:
     runs.check_codes()
 
 
-def test_contiguous_caches_say_why_they_have_no_kernel() -> None:
-    model, exact_model, codebook = models(CASES[0])
-    cache = DynamicPQCache(model, codebook, SMALL)
-    assert str(cache.backend) == "contiguous torch"
-    assert "contiguous" in cache.fallbacks[0].reason
-    assert "float32" in PagedPQCache(exact_model, codebook, SMALL).fallbacks[0].reason
+def test_caches_without_a_kernel_say_why() -> None:
+    _, exact_model, codebook = models(CASES[0])
+    for cache_class in (PagedPQCache, DynamicPQCache):
+        cache = cache_class(exact_model, codebook, SMALL)
+        assert cache.backend.compute == "torch"
+        assert "float32" in cache.fallbacks[0].reason
 
 
 # -- one step, by itself -------------------------------------------------------------------------------------
@@ -249,7 +266,7 @@ class Steps:
             [(codebook.keys.layer(0), codebook.values.layer(0))],
             SMALL,
             max_pages=max_pages,
-            ops=CompiledPages(),
+            ops=CompiledPaged(),
         )
         torch.manual_seed(0)
         self.prompt = torch.randn(2, 2, KV_HEADS, 100, 128, device=DEVICE).half()
@@ -286,11 +303,11 @@ def test_a_step_does_not_wait_for_the_device(steps: Steps, no_synchronisation: N
 
 def test_places_are_kept_over_pages_reorders_and_a_rewind(steps: Steps) -> None:
     def places() -> list[int]:
-        pages = steps.store._kernel_pages(0)
-        assert pages is not None
+        pages = steps.store._device_layer(0, steps.store.length())
+        assert pages.block_table is not None
         tensors = (
-            pages.key_pool,
-            pages.value_pool,
+            pages.key_codes,
+            pages.value_codes,
             pages.block_table,
             pages.key_window,
             pages.value_window,

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import WINDOW, codebook_for, forward, random_ids, tiny_model
-from torch_pages import TorchPages
+from torch_ops import TorchOps
 
 from million_cli.cache.paged import PagedStore
 from million_cli.errors import UserError
@@ -170,29 +170,38 @@ def test_other_runtime_errors_are_not_swallowed(monkeypatch: pytest.MonkeyPatch)
         tokens(PagedPQCache(tiny_model(), codebook_for(), WINDOW))
 
 
-def torch_kernels(good: int | None = None) -> tuple[Kernels, list[TorchPages]]:
-    """Kernels that are their own definition in torch, serve paged stores and fail after `good` calls."""
-    made: list[TorchPages] = []
+def torch_kernels(
+    good: int | None = None, stores: tuple[str, ...] = ("paged", "contiguous")
+) -> tuple[Kernels, list[TorchOps]]:
+    """Kernels that are their own definition in torch, serve `stores` and fail after `good` calls each."""
+    made: list[TorchOps] = []
 
-    def make() -> TorchPages:
-        made.append(TorchPages(good))
+    def make(store: Any) -> TorchOps:
+        made.append(TorchOps(store, good))
         return made[-1]
 
-    return Kernels(supporting("paged"), make), made
+    return Kernels(supporting(*stores), make), made
 
 
-def paged_by_kernel(kernels: Kernels, model: Any = None, **options: Any) -> PagedPQCache:
-    return PagedPQCache(
-        model or tiny_model(), codebook_for(), WINDOW, compute="kernel", kernels=kernels, **options
-    )
+def by_kernel(store: str, kernels: Kernels, **options: Any) -> Any:
+    cache_class = PagedPQCache if store == "paged" else DynamicPQCache
+    return cache_class(tiny_model(), codebook_for(), WINDOW, compute="kernel", kernels=kernels, **options)
 
 
+def paged_by_kernel(kernels: Kernels, **options: Any) -> Any:
+    return by_kernel("paged", kernels, **options)
+
+
+both_stores = pytest.mark.parametrize("store", ["paged", "contiguous"])
+
+
+@both_stores
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prefill_chunk_size": 23}])
-def test_kernel_serves_every_decode_step(options: dict[str, Any]) -> None:
+def test_kernel_serves_every_decode_step(options: dict[str, Any], store: str) -> None:
     expected = tokens(DynamicPQCache(tiny_model(), codebook_for(), WINDOW), **options)
     kernels, made = torch_kernels()
-    cache = paged_by_kernel(kernels)
-    assert str(cache.backend) == "paged kernel"
+    cache = by_kernel(store, kernels)
+    assert str(cache.backend) == f"{store} kernel"
     assert tokens(cache, **options) == expected
     assert cache.fallbacks == ()
     (ops,) = made
@@ -200,30 +209,40 @@ def test_kernel_serves_every_decode_step(options: dict[str, Any]) -> None:
     assert ops.calls["encode"] > 0
 
 
+@both_stores
 @pytest.mark.parametrize("good", [0, 1, 2, 3, 7, 30])
-def test_failing_kernel_is_replaced_by_torch_over_the_same_pages(good: int) -> None:
+def test_failing_kernel_is_replaced_by_torch_over_the_same_codes(good: int, store: str) -> None:
     expected = tokens(DynamicPQCache(tiny_model(), codebook_for(), WINDOW))
     kernels, made = torch_kernels(good)
-    cache = paged_by_kernel(kernels)
+    cache = by_kernel(store, kernels)
     assert tokens(cache) == expected
     assert cache.fallbacks == (
-        Fallback("paged kernel", "paged torch", "the kernel failed: illegal instruction"),
+        Fallback(f"{store} kernel", f"{store} torch", "the kernel failed: illegal instruction"),
     )
-    assert str(cache.backend) == "paged torch"
+    assert str(cache.backend) == f"{store} torch"
     (ops,) = made
     assert ops.calls.total() == good + 1, "not tried again after its failure"
     cache.reset()
-    assert str(cache.backend) == "paged kernel"
-    with pytest.raises(UserError, match="strict run: paged kernel -> paged torch: the kernel failed"):
-        tokens(paged_by_kernel(kernels, strict=True))
+    assert str(cache.backend) == f"{store} kernel"
+    with pytest.raises(UserError, match=f"strict run: {store} kernel -> {store} torch: the kernel failed"):
+        tokens(by_kernel(store, kernels, strict=True))
 
 
-def test_exhausted_pool_goes_on_in_torch_with_the_same_tokens() -> None:
+@pytest.mark.parametrize(
+    ("stores", "got"),
+    [(("paged", "contiguous"), "contiguous kernel"), (("paged",), "contiguous torch")],
+)
+def test_exhausted_pool_keeps_the_kernel_if_there_is_a_contiguous_one(
+    stores: tuple[str, ...], got: str
+) -> None:
     expected = tokens(DynamicPQCache(tiny_model(), codebook_for(), WINDOW))
-    cache = paged_by_kernel(torch_kernels()[0], max_pages=3)
+    kernels, made = torch_kernels(stores=stores)
+    cache = paged_by_kernel(kernels, max_pages=3)
     assert tokens(cache) == expected
-    assert str(cache.backend) == "contiguous torch"
-    assert [str(f).split(":")[0] for f in cache.fallbacks] == ["paged kernel -> contiguous torch"]
+    assert str(cache.backend) == got
+    assert [str(f).split(":")[0] for f in cache.fallbacks] == [f"paged kernel -> {got}"]
+    assert all(ops.calls["attend"] > 0 for ops in made)
+    assert len(made) == len(stores)
 
 
 # -- padding -------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ class SimulatedView:
     values: Tensor
     boundaries: Tensor
     length: int
-    pages: None = None  # no kernel reads it
+    device_layer: None = None  # no kernel reads it
 
     @property
     def coded(self) -> int:

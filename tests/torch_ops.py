@@ -1,4 +1,4 @@
-"""`PageOps` in torch, by the definitions: it reads and writes what a kernel would, and nothing else."""
+"""`StoreOps` in torch, by the definitions: it reads and writes what a kernel would, and nothing else."""
 
 from __future__ import annotations
 
@@ -7,23 +7,26 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from million_cli.ops.codes import PagedCodes
+from million_cli.ops.codes import CodeReader, ContiguousCodes, PagedCodes
 from million_cli.ops.fragment import FragmentLayout, fragment_reason
 from million_cli.ops.layouts import Layout, RowLayout, TransposedLayout
-from million_cli.ops.pages import LayerPages
 from million_cli.ops.reference import attention
+from million_cli.ops.store_ops import DeviceLayer
+from million_cli.ops.support import Store
 from million_cli.pq.codec import encode
 from million_cli.spec import PQSpec, WindowSpec
 
 
-class TorchPages:
-    """Fragment order where the codes have one, else the layouts that torch does not use for that side.
+class TorchOps:
+    """Pages in fragment order where the codes have one, else in the layout that torch uses for the other side.
 
     Args:
+        store: the kind of store; contiguous codes are rows.
         good: calls, of all operations together, that succeed; the next one raises as a kernel would.
     """
 
-    def __init__(self, good: int | None = None) -> None:
+    def __init__(self, store: Store = "paged", good: int | None = None) -> None:
+        self.store = store
         self.good, self.calls = good, Counter[str]()
         self.first_valid: list[Tensor | None] = []  # of each `attend`
 
@@ -33,6 +36,8 @@ class TorchPages:
             raise RuntimeError("illegal instruction\nsecond line")
 
     def layouts(self, spec: PQSpec, page_size: int) -> tuple[Layout, Layout]:
+        if self.store == "contiguous":
+            return RowLayout(spec.keys, page_size), RowLayout(spec.values, page_size)
         if fragment_reason(spec.keys) is None and fragment_reason(spec.values) is None:
             return (
                 FragmentLayout(spec.keys, page_size, "keys"),
@@ -40,11 +45,11 @@ class TorchPages:
             )
         return TransposedLayout(spec.keys, page_size), RowLayout(spec.values, page_size)
 
-    def encode(self, layer: LayerPages, keys: Tensor, values: Tensor, start: int) -> None:
+    def encode(self, layer: DeviceLayer, keys: Tensor, values: Tensor, start: int) -> None:
         self._count("encode")
         self._encode(layer, keys, values, start)
 
-    def append(self, layer: LayerPages, keys: Tensor, values: Tensor) -> None:
+    def append(self, layer: DeviceLayer, keys: Tensor, values: Tensor) -> None:
         self._count("append")
         window, length = self._window(layer)
         slot = (length - 1) % window.residual
@@ -54,16 +59,20 @@ class TorchPages:
             slots = torch.arange(stop - P, stop) % window.residual
             self._encode(layer, layer.key_window[:, :, slots], layer.value_window[:, :, slots], stop - P)
 
-    def attend(self, query: Tensor, layer: LayerPages, *, scale: float, first_valid: Tensor | None) -> Tensor:
+    def attend(
+        self, query: Tensor, layer: DeviceLayer, *, scale: float, first_valid: Tensor | None
+    ) -> Tensor:
         self._count("attend")
         self.first_valid.append(first_valid)
         window, length = self._window(layer)
         coded = window.coded_length(length)
         slots = torch.arange(coded, length) % window.residual
-        readers = [
-            PagedCodes(pool, layer.block_table, layout, coded)
-            for pool, layout in zip(self._pools(layer), self._layouts_of(layer), strict=True)
-        ]
+        readers: list[CodeReader] = []
+        for codes, layout in zip(self._codes(layer), self._layouts_of(layer), strict=True):
+            if layer.block_table is None:
+                readers.append(ContiguousCodes(codes, layout, coded))
+            else:
+                readers.append(PagedCodes(codes, layer.block_table, layout, coded))
         output = attention(
             query[:, :, None],
             *readers,
@@ -77,25 +86,28 @@ class TorchPages:
         )
         return output[:, :, 0]
 
-    def _window(self, layer: LayerPages) -> tuple[WindowSpec, int]:
+    def _window(self, layer: DeviceLayer) -> tuple[WindowSpec, int]:
         (length,) = set(layer.lengths.tolist())
         return WindowSpec(layer.page_size, layer.key_window.shape[2]), length
 
-    def _pools(self, layer: LayerPages) -> tuple[Tensor, Tensor]:
-        return layer.key_pool, layer.value_pool
+    def _codes(self, layer: DeviceLayer) -> tuple[Tensor, Tensor]:
+        return layer.key_codes, layer.value_codes
 
-    def _layouts_of(self, layer: LayerPages) -> tuple[Layout, Layout]:
+    def _layouts_of(self, layer: DeviceLayer) -> tuple[Layout, Layout]:
         return self.layouts(PQSpec(layer.pq_keys.spec, layer.pq_values.spec), layer.page_size)
 
-    def _encode(self, layer: LayerPages, keys: Tensor, values: Tensor, start: int) -> None:
+    def _encode(self, layer: DeviceLayer, keys: Tensor, values: Tensor, start: int) -> None:
         P = layer.page_size
-        for x, pq, pool, layout in zip(
+        for x, pq, stored, layout in zip(
             (keys, values),
             (layer.pq_keys, layer.pq_values),
-            self._pools(layer),
+            self._codes(layer),
             self._layouts_of(layer),
             strict=True,
         ):
+            if layer.block_table is None:
+                stored[:, :, start : start + x.shape[2]] = layout.pack(encode(x, pq))
+                continue
             pages = layout.pack(encode(x, pq).unflatten(2, (-1, P)))  # [B, Hkv, n, *page_shape]
             for i in range(pages.shape[2]):
-                pool[layer.block_table[:, start // P + i].long()] = pages[:, :, i]
+                stored[layer.block_table[:, start // P + i].long()] = pages[:, :, i]
