@@ -22,14 +22,16 @@ from million_cli.spec import WindowSpec
 class PagedStore(CodeStore):
     """Pages of P tokens.  A page id stands for the same tokens in every layer and holds all KV heads there.
 
-    Each layer has a pool `[num_pages, Hkv, *page_shape]` for keys (rows) and one for values (transposed); one
-    block table `[B, width]` int32 serves all layers.  Only whole pages are ever written, and never again, so
-    sequences share pages by reference count: reordering beams copies no codes.
+    Each layer has a pool `[num_pages, Hkv, *page_shape]` for keys and one for values, in the layouts of `ops`
+    or, for torch, rows and transposed; one block table `[B, width]` int32 serves all layers.  Only whole
+    pages are ever written, and never again, so sequences share pages by reference count: reordering beams
+    copies no codes.
 
     Args:
         max_pages: size of the pool, fixed; an append that needs more raises `PagePoolExhausted` and changes
             nothing, so the run can go on from `to_contiguous()`.  Pools, block table and its device copies
             then stay where they are until `reset()`.  None: the pool grows by an eighth when it is used up.
+        others: as for `CodeStore`.
 
     Raises:
         UserError: max_pages is below 1.

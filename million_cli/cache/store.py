@@ -142,6 +142,7 @@ class CodeStore(ABC):
         Raises:
             UserError: the batch differs from that of earlier appends, or the backend is not to be had here.
             PagePoolExhausted: (paged) no room for the new pages; nothing has changed, in any layer.
+            KernelFailed: an operation of `ops` failed; the same append in torch (`ops` None) is right.
         """
         state = self._layers[layer]
         B, _, N, D = k.shape
@@ -225,6 +226,7 @@ class CodeStore(ABC):
             encode(v, state.values, backend=self.backend),
         )
 
+    @torch.no_grad()
     def attend(
         self, query: Tensor, view: KVView, *, scale: float, first_valid: Tensor | None = None
     ) -> Tensor:

@@ -39,13 +39,10 @@ def support(query: KernelQuery) -> str | None:
     if query.softcap:
         return "no compiled kernels for softcapped scores"
     try:
-        # One library serves all visible GPUs, built for the one with the least shared memory.  The contiguous
-        # kernel fits in the least there is, so for it any GPU is as good as the largest.
-        devices = device_architectures()
-        arch = min(
-            devices if query.store == "paged" else [max(SHARED_KIB, key=SHARED_KIB.__getitem__)],
-            key=SHARED_KIB.__getitem__,
-        )
+        # One library serves all visible GPUs, built for the one with the least shared memory.
+        arch = min(device_architectures(), key=SHARED_KIB.__getitem__)
+        if query.store == "contiguous":  # fits in the least there is, so any GPU is as good as the best
+            arch = max(SHARED_KIB, key=SHARED_KIB.__getitem__)
         reason = decode_reason(DecodeQuery(arch, query.dtype, query.spec, query.window, query.group))
         if reason is None:
             from million_cli.ops import compiled  # registers the ops with torch: only where they can run
