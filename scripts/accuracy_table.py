@@ -1,0 +1,59 @@
+"""The columns of a results CSV that tell quality against bits, one row a measurement, least KL first.
+
+    python scripts/accuracy_table.py outputs/results.csv results/reference-accuracy.csv
+
+A text is "like" the calibration's if the configuration names none of its own (`task.path`), else "unlike".
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from million_cli.results import read_rows, write_rows
+
+COLUMNS = (
+    "bits_nominal",
+    "kl_e3",
+    "kl_se_e3",
+    "perplexity",
+    "perplexity_dense",
+    "perplexity_change_percent",
+    "top1_agreement",
+    "recall",
+    "recall_dense",
+    "tokens",
+    "key_error",
+    "value_error",
+    "samples",
+    "commit",
+    "started",
+    "duration_s",
+    "torch",
+    "device",
+    "command",
+)
+SETTINGS = {
+    "scope": "config.quantizer.scope",
+    "key_rotation": "config.quantizer.keys.rotation",
+    "value_rotation": "config.quantizer.values.rotation",
+    "alternations": "config.train.alternations",
+}
+
+
+def table(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """One line a finished measurement of quality."""
+    lines = []
+    for row in rows:
+        if row.get("status") == "ok" and row.get("kl_e3"):
+            is_pq = row["config.quantizer.kind"] == "pq"
+            settings = {name: row.get(key, "") if is_pq else "" for name, key in SETTINGS.items()}
+            text = "unlike" if row.get("config.task.path") else "like"
+            measured = {column: row.get(column, "") for column in COLUMNS}
+            lines.append({"quantizer": row["config.quantizer.name"], "text": text, **settings, **measured})
+    return sorted(lines, key=lambda line: (line["text"], float(line["kl_e3"])))
+
+
+if __name__ == "__main__":
+    source, target = map(Path, sys.argv[1:])
+    write_rows(target, table(read_rows(source)[1]))
