@@ -43,7 +43,20 @@ def test_wheel_holds_configs_kernels_and_the_reference_model(wheel: Path) -> Non
 
 def test_doctor_runs_from_the_installed_wheel(wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
-    run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), str(wheel), cwd=tmp_path)
-    out = run(sys.executable, "-m", "million_cli", "doctor", cwd=tmp_path, PYTHONPATH=str(site), COLUMNS="400")
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--target",
+        str(site),
+        str(wheel),
+        cwd=tmp_path,
+    )
+    out = run(
+        sys.executable, "-m", "million_cli", "doctor", cwd=tmp_path, PYTHONPATH=str(site), COLUMNS="400"
+    )
     assert str(site / "million_cli" / "conf") in out
     assert str(ROOT / "conf") not in out

@@ -52,7 +52,8 @@ def memory_metrics(cache: Cache, dense: Cache) -> dict[str, Scalar]:
 
     Returns:
         bits_nominal: of a stored element, windows and tables aside; cache_bytes and its parts; codebook_bytes
-        (apart: they do not grow with the text); cache_ratio: cache_bytes over a 16-bit dense cache's bytes.
+        (apart: they do not grow with the text); cache_ratio: cache_bytes over a 16-bit dense cache's bytes;
+        backend: the store and the compute that served the cache last.
     """
     elements = sum(t.numel() for t in _tensors(dense))
     dense_bytes = sum(t.nbytes for t in _tensors(dense))
@@ -71,6 +72,7 @@ def memory_metrics(cache: Cache, dense: Cache) -> dict[str, Scalar]:
         }
     parts = memory()
     return {
+        "backend": str(cache.backend),  # type: ignore[attr-defined]
         "bits_nominal": cache.bits,  # type: ignore[attr-defined]
         "cache_bytes": parts["total"],
         **shared,
