@@ -40,13 +40,13 @@ class CodeSpec:
         return self.head_dim // self.M
 
     @property
-    def C(self) -> int:
+    def C(self) -> int:  # noqa: N802 - the field's letter
         """Centroids of a subspace."""
         return 1 << self.nbits
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one token's packed codes of one head, stored as a row (codes bit-packed, rows byte-aligned)."""
+        """Bytes of one token's codes of one head as a row: codes bit-packed, rows byte-aligned."""
         return (self.M * self.nbits + 7) // 8
 
     @property

@@ -18,7 +18,7 @@ from million_cli.spec import PQSpec, WindowSpec
 
 
 class TorchOps:
-    """Pages in fragment order where the codes have one, else in the layout that torch uses for the other side.
+    """Pages in fragment order where codes have one, else in the layout that torch uses for the other side.
 
     Args:
         store: the kind of store; contiguous codes are rows.
