@@ -101,7 +101,7 @@ class Session:
         }
 
     def result(self, metrics: dict[str, Any], fallbacks: list[str] | None = None) -> Result:
-        """A result with this session's configuration, device and dtype."""
+        """A result with the session's configuration, device and dtype."""
         return Result(
             config=asdict(self.config),
             metrics=metrics,
