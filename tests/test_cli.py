@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from small_job import SMALL_JOB
 
 from million_cli import cli
 from million_cli.cli import quote
@@ -17,15 +18,7 @@ from million_cli.results import read_rows
 torch.set_num_threads(1)
 
 SMALL = [
-    "model=tiny-random",
-    "data=synthetic",
-    "data.max_chars=3000",
-    "sample.tokens=2048",
-    "sample.context=256",
-    "sample.reservoir=512",
-    "train.iterations=2",
-    "quantizer.keys.nbits=3",
-    "quantizer.values.nbits=3",
+    *SMALL_JOB,
     "task.dataset=synthetic",
     "task.seed=2",
 ]

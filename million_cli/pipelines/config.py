@@ -125,7 +125,7 @@ class CacheConfig:
         kind: `dense` (transformers' own cache), `contiguous` or `paged`.
         page_size: P, tokens encoded at once.
         extended_residual: R, the residual window; see `spec.WindowSpec`.
-        max_pages: size of the page pool; null sizes it for the longest text of the job.
+        max_pages: size of the page pool, for all sequences together; null lets it grow with the text.
     """
 
     kind: str = "paged"

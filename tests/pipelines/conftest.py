@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_job import SMALL_JOB
 
 from million_cli.hydra_app import compose
 from million_cli.pipelines.config import JobConfig
@@ -15,15 +16,7 @@ from million_cli.pipelines.config import JobConfig
 torch.set_num_threads(1)
 
 SMALL = [
-    "model=tiny-random",
-    "data=synthetic",
-    "data.max_chars=3000",
-    "sample.tokens=2048",
-    "sample.context=256",
-    "sample.reservoir=512",
-    "train.iterations=2",
-    "quantizer.keys.nbits=3",
-    "quantizer.values.nbits=3",
+    *SMALL_JOB,
     "cache.page_size=16",
     "cache.extended_residual=32",
     "task.dataset=synthetic",

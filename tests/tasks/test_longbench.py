@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_job import SMALL_JOB
 from transformers.cache_utils import DynamicCache
 
 from million_cli.errors import UserError
@@ -230,15 +231,7 @@ def archive(tmp_path):
 def job(archive, tmp_path, monkeypatch):
     monkeypatch.setenv("TQDM_DISABLE", "1")
     small = [
-        "model=tiny-random",
-        "data=synthetic",
-        "data.max_chars=3000",
-        "sample.tokens=2048",
-        "sample.context=256",
-        "sample.reservoir=512",
-        "train.iterations=2",
-        "quantizer.keys.nbits=3",
-        "quantizer.values.nbits=3",
+        *SMALL_JOB,
         "cache.page_size=16",
         "cache.extended_residual=32",
         "task=longbench",
