@@ -207,11 +207,12 @@ void paged_decode(Tensor q, Tensor key_pool, Tensor value_pool, Tensor block_tab
   STD_TORCH_CHECK(R % page_size == 0 && R > page_size, "key_window ", shape_of(key_window), ": a multiple of page_size=",
                   page_size, " tokens, larger than it");
   STD_TORCH_CHECK(scale > 0, "scale=", scale, ": positive");
-  STD_TORCH_CHECK((heads == 1 || heads == 4) && blocks > 0, "heads=", heads, " (1 or 4), blocks=", blocks);
+  STD_TORCH_CHECK((heads == 1 || heads == 4 || (heads == 8 && D == 128)) && blocks > 0, "heads=", heads,
+                  " (1, 4 or, for head_dim 128, 8), blocks=", blocks);
   if (B == 0) return;
   const int64_t G = Hq / Hkv, head_sets = (G + heads - 1) / heads, sets = B * Hkv * head_sets;
-  const int64_t counters = (sets * 4 + 255) / 256 * 256;
-  const int64_t bytes = counters + (blocks + sets) * million::partial_floats(int(D), int(heads)) * 4;
+  const int64_t spans = (sets * 8 + 255) / 256 * 256;
+  const int64_t bytes = spans + (blocks + sets) * million::partial_floats(int(D), int(heads)) * 4;
   STD_TORCH_CHECK(workspace.scalar_type() == ScalarType::Byte && workspace.is_cuda() && workspace.numel() >= bytes,
                   "workspace ", shape_of(workspace), ": uint8 on the device, at least ", bytes);
   p.q = q.data_ptr(), p.out = out.data_ptr();
@@ -225,15 +226,18 @@ void paged_decode(Tensor q, Tensor key_pool, Tensor value_pool, Tensor block_tab
   p.key_rotation = rotation_pointer(key_rotation, "key_rotation", Hkv, D, &p.key_rotation_heads);
   p.value_rotation = rotation_pointer(value_rotation, "value_rotation", Hkv, D, &p.value_rotation_heads);
   p.key_window = key_window.data_ptr(), p.value_window = value_window.data_ptr();
-  p.counters = static_cast<int*>(workspace.data_ptr());
-  p.partials = reinterpret_cast<float*>(static_cast<uint8_t*>(workspace.data_ptr()) + counters);
+  p.spans = static_cast<int2*>(workspace.data_ptr());
+  p.partials = reinterpret_cast<float*>(static_cast<uint8_t*>(workspace.data_ptr()) + spans);
   p.scale = float(scale);
   p.batch = int(B), p.kv_heads = int(Hkv), p.group = int(G), p.head_sets = int(head_sets);
-  p.page_size = int(page_size), p.residual = int(R), p.table_width = int(block_table.size(1));
+  p.page_size = int(page_size), p.residual = int(R), p.table_width = int(block_table.size(1)), p.grid = int(blocks);
+  p.by_page_size = million::Divider(p.page_size), p.by_page_groups = million::Divider(p.page_size / million::kGroupTokens);
+  p.by_residual = million::Divider(p.residual), p.by_head_sets = million::Divider(p.head_sets);
+  p.by_grid = million::Divider(p.grid);
   p.key_table_heads = int(key_table.size(0)), p.value_table_heads = int(value_table.size(0));
   const DeviceGuard guard(q.get_device_index());
   const million::DecodeShape shape{int(D), int(MK), int(MV), int(heads)};
-  check_launch(million::launch_paged_decode(p, shape, int(blocks), stream_of(q)), "paged_decode", q);
+  check_launch(million::launch_paged_decode(p, shape, stream_of(q)), "paged_decode", q);
 }
 
 void contiguous_decode(Tensor q, Tensor key_codes, Tensor value_codes, Tensor lengths, OptionalTensor first_valid,

@@ -1,11 +1,27 @@
 // What one launch of the paged decode kernel reads and writes.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include <cstdint>
 
 #include "common.cuh"
 
 namespace million {
+
+// Division by a number known on the host, for dividends below 2^31: n / d = n * m >> (31 + l), l = ceil(log2 d) and
+// m = ceil(2^(31 + l) / d) (Granlund and Montgomery, "Division by invariant integers using multiplication", 1994).
+struct Divider {
+  uint32_t m = 0x80000000u, l = 0;
+  Divider() = default;
+  explicit Divider(uint32_t d) : l(0) {
+    while ((1u << l) < d) ++l;
+    m = uint32_t(((uint64_t(1) << (31 + l)) + d - 1) / d);
+  }
+#ifdef __CUDACC__
+  __device__ int quotient(int n) const { return int(uint64_t(uint32_t(n)) * m >> (31 + l)); }
+#endif
+};
 
 // B sequences, Hq = G * Hkv query heads, D head_dim, M subspaces a side, P page size, R residual window.
 // lengths[b] counts all tokens of sequence b, the newest included; of these
@@ -25,10 +41,11 @@ struct PagedDecodeParams {
   const float* value_rotation;  // [Hr, D, D], or null
   const void* key_window;       // [B, Hkv, R, D]
   const void* value_window;     // [B, Hkv, R, D]
-  int* counters;                // [B * Hkv * head_sets], zero before and after every launch
-  float* partials;              // (grid + B * Hkv * head_sets) * partial_floats()
+  int2* spans;                  // [B * Hkv * head_sets] first block and number of blocks of a set, written
+  float* partials;              // (grid + B * Hkv * head_sets) * partial_floats(), written
   float scale;
-  int batch, kv_heads, group, head_sets, page_size, residual, table_width;
+  int batch, kv_heads, group, head_sets, page_size, residual, table_width, grid;
+  Divider by_page_size, by_page_groups, by_residual, by_head_sets, by_grid;
   int key_table_heads, value_table_heads, key_rotation_heads, value_rotation_heads;
   Dtype dtype;
 };

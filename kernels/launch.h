@@ -11,10 +11,10 @@ namespace million {
 
 // Shape of a decode: what selects the instantiation.
 struct DecodeShape {
-  int head_dim, m_keys, m_values, heads;  // heads: query heads of a block, 1 or 4
+  int head_dim, m_keys, m_values, heads;  // heads: query heads of a block, 1, 4 or (D = 128) 8
 };
 
-cudaError_t launch_paged_decode(const PagedDecodeParams& params, DecodeShape shape, int blocks, cudaStream_t stream);
+cudaError_t launch_paged_decode(const PagedDecodeParams& params, DecodeShape shape, cudaStream_t stream);
 cudaError_t launch_lookup_decode(const LookupDecodeParams& params, int head_dim, int m_keys, int m_values, int splits,
                                  cudaStream_t stream);
 cudaError_t launch_encode(const EncodeParams& params, int head_dim, int m, cudaStream_t stream);
@@ -22,6 +22,6 @@ cudaError_t launch_append(const AppendParams& params, int head_dim, int m_keys, 
 
 // One instantiation of the decode kernel, defined in instances/.
 template <int D, int MK, int MV, int HG>
-cudaError_t paged_decode(const PagedDecodeParams& params, int blocks, cudaStream_t stream);
+cudaError_t paged_decode(const PagedDecodeParams& params, cudaStream_t stream);
 
 }  // namespace million

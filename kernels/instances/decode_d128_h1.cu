@@ -1,4 +1,4 @@
-#include "../decode_paged_launch.cuh"
+#include "../decode_launch.cuh"
 
 MILLION_INSTANTIATE_DECODE(128, 64, 64, 1)
 MILLION_INSTANTIATE_DECODE(128, 64, 32, 1)

@@ -1,4 +1,4 @@
-#include "../decode_paged_launch.cuh"
+#include "../decode_launch.cuh"
 
 MILLION_INSTANTIATE_DECODE(64, 32, 32, 4)
 MILLION_INSTANTIATE_DECODE(64, 32, 16, 4)

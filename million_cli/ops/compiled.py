@@ -151,7 +151,7 @@ def append(
 class DecodePlan:
     """Launch of a paged decode for one shape on one device, with the memory it works in.
 
-    The workspace is zero before and after every launch; launches that may overlap need one each.
+    Launches that may overlap need a workspace each.
     """
 
     heads: int
@@ -161,13 +161,13 @@ class DecodePlan:
     @classmethod
     def make(cls, batch: int, q_heads: int, kv_heads: int, head_dim: int, device: torch.device) -> DecodePlan:
         group = q_heads // kv_heads
-        sets = batch * kv_heads * heuristics.head_sets(group)
-        heads = heuristics.heads_per_block(group)
+        heads = heuristics.heads_per_block(group, head_dim)
+        sets = batch * kv_heads * heuristics.head_sets(group, heads)
         blocks = heuristics.decode_blocks(
             sets, torch.cuda.get_device_properties(device).multi_processor_count
         )
         size = heuristics.workspace_bytes(sets, heads, head_dim, blocks)
-        return cls(heads, blocks, torch.zeros(size, dtype=torch.uint8, device=device))
+        return cls(heads, blocks, torch.empty(size, dtype=torch.uint8, device=device))
 
 
 def code_major(centroids: Tensor) -> Tensor:
@@ -226,7 +226,10 @@ def paged_decode(
 
 @dataclass(frozen=True)
 class LookupPlan:
-    """Launch of a contiguous decode for one shape on one device; the workspace as in `DecodePlan`."""
+    """Launch of a contiguous decode for one shape on one device.
+
+    The workspace is zero before and after every launch; launches that may overlap need one each.
+    """
 
     splits: int
     workspace: Tensor

@@ -6,15 +6,20 @@ MIN_FILL = 0.9
 """Share of the multiprocessors that must stay busy for spans to be aligned with heads."""
 
 
-def heads_per_block(group: int) -> int:
-    """Query heads that share a block's lookups: 1 without GQA, else 4 (larger groups take several)."""
+def heads_per_block(group: int, head_dim: int) -> int:
+    """Query heads that share a block's lookups: 1 without GQA, 4, or 8 of 128 dims from groups of 5 on.
+
+    Larger groups take several blocks.  Example: G=8 -> 8, or 4 of 64 dims; G=3 -> 4.
+    """
     assert group >= 1
-    return 1 if group == 1 else 4
+    if group == 1:
+        return 1
+    return 8 if group > 4 and head_dim == 128 else 4
 
 
-def head_sets(group: int) -> int:
-    """Blocks' worth of query heads of one KV head.  Example: G=8 -> 2, G=6 -> 2, G=1 -> 1."""
-    return -(-group // heads_per_block(group))
+def head_sets(group: int, heads: int) -> int:
+    """Blocks' worth of query heads of one KV head.  Example: G=8, 4 heads a block -> 2; G=6 -> 2; G=1 -> 1."""
+    return -(-group // heads)
 
 
 def decode_blocks(sets: int, multiprocessors: int) -> int:
@@ -33,12 +38,12 @@ def decode_blocks(sets: int, multiprocessors: int) -> int:
 
 
 def workspace_bytes(sets: int, heads: int, head_dim: int, blocks: int) -> int:
-    """Bytes that a decode launch needs: counters and partial results.
+    """Bytes that a decode launch needs: the spans of the sets and partial results.
 
     Must agree with the check in kernels/binding.cu.
     """
-    counters = -(-sets * 4 // 256) * 256
-    return counters + (blocks + sets) * heads * (2 * head_dim + 2) * 4
+    spans = -(-sets * 8 // 256) * 256
+    return spans + (blocks + sets) * heads * (2 * head_dim + 2) * 4
 
 
 def lookup_splits(rows: int, multiprocessors: int) -> int:

@@ -101,13 +101,12 @@ def test_random(seed: int) -> None:
     )
 
 
-def test_repeats_are_equal_and_leave_the_workspace_clean() -> None:
+def test_repeats_are_equal() -> None:
     case = Case(Shape([9000, 40, 700], 8, 2))
     plan = compiled.DecodePlan.make(3, 8, 2, 128, case.q.device)
     first = case.decode(plan)
     for _ in range(20):
         assert torch.equal(case.decode(plan, out=torch.full_like(first, torch.nan)), first)
-    assert int(plan.workspace[:24].sum()) == 0
 
 
 def test_errors_name_the_shape() -> None:

@@ -1,0 +1,59 @@
+// Launch of one instantiation; instances/*.cu include this and name the shapes.
+#pragma once
+
+#include "decode_mma.cuh"
+#include "launch.h"
+#include "merge.cuh"
+
+// Shared memory a block can have on the smallest GPU of the build, KiB (the build sets it).
+#ifndef MILLION_SHARED_KIB
+#define MILLION_SHARED_KIB 227
+#endif
+
+namespace million {
+
+inline cudaError_t launch_early(void (*kernel)(PagedDecodeParams), int blocks, int threads, int shared_bytes,
+                                const PagedDecodeParams& params, cudaStream_t stream) {
+  cudaLaunchAttribute early;  // starts while the kernel ahead drains; ignored before compute capability 9.0
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = MILLION_SHARED_KIB >= 227;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, params);
+}
+
+// Warps and ring depth: registers bound the warps, shared memory the ring.
+template <int D, int HG>
+struct Tile {
+  static constexpr bool kLarge = MILLION_SHARED_KIB >= 227;
+  static constexpr int kWarps = kLarge ? (HG == 1 ? 16 : HG == 4 ? 12 : 8) : (HG == 1 ? 8 : 4);
+  static constexpr int kStages = !kLarge && HG != 4 ? 2 : 3;
+};
+
+template <int D, int MK, int MV, int HG>
+cudaError_t paged_decode(const PagedDecodeParams& params, cudaStream_t stream) {
+  using T = MmaDecode<D, MK, MV, HG, Tile<D, HG>::kWarps, Tile<D, HG>::kStages>;
+  constexpr int kShared = sizeof(typename MmaBlock<T>::Shared);
+  static_assert(MILLION_SHARED_KIB < 163 || kShared <= MILLION_SHARED_KIB * 1024, "the tile does not fit");
+  if constexpr (kShared > MILLION_SHARED_KIB * 1024) {
+    return cudaErrorInvalidConfiguration;
+  } else {
+    const auto kernel = mma_decode_kernel<T>;
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+    if (error != cudaSuccess) return error;
+    error = launch_early(kernel, params.grid, T::kThreads, kShared, params, stream);
+    if (error != cudaSuccess) return error;
+    using M = Merge<D, HG>;
+    return launch_early(merge_kernel<M>, params.batch * params.kv_heads * params.group, M::kThreads, 0, params, stream);
+  }
+}
+
+}  // namespace million
+
+#define MILLION_INSTANTIATE_DECODE(D, MK, MV, HG) \
+  template cudaError_t million::paged_decode<D, MK, MV, HG>(const PagedDecodeParams&, cudaStream_t);
