@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import DEVICE, Case, Shape
 
-from million_cli.ops import compiled
+from million_cli.ops import compiled, heuristics
 
 
 class Step:
@@ -89,8 +89,10 @@ def test_opcheck() -> None:
         test_utils=checks,
     )  # fmt: skip
     x = torch.randn(2, 2, 64, 128, device=DEVICE).half()
-    torch.library.opcheck(
-        torch.ops.million.pq_encode.default,
-        (x, c.key_centroids, None, c.key_pool, c.block_table, 0, 64, 2),
-        test_utils=checks,
-    )
+    size = heuristics.encode_workspace_bytes(1 << 20, 2 * 64, 2)
+    for workspace in (None, torch.zeros(size, dtype=torch.uint8, device=DEVICE)):
+        torch.library.opcheck(
+            torch.ops.million.pq_encode.default,
+            (x, c.key_centroids, None, c.key_pool, c.block_table, workspace, 0, 64, 2),
+            test_utils=checks,
+        )
