@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 GRID_BYTES = 16 + 32 * 32 * 8
-"""Of the grid that a subspace of two dims is searched through; must agree with kernels/encode_grid_shape.h."""
+"""Of the grid that a subspace of two dims is searched through; agrees with kernels/encode_grid_shape.h."""
 
 MIN_GRID_POINTS = 2048
 """Points a subspace from which building its grid takes less time than it saves."""
