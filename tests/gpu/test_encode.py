@@ -1,17 +1,18 @@
-"""Encoding on the GPU against the torch codec: the same codes, except where two centroids tie in float32."""
+"""Encoding on the GPU: nearest centroids in float64 up to ties in float32, and grids give the codes of the scan."""
 
 import pytest
 import torch
 from cases import DEVICE
 from torch import Tensor
 
-from million_cli.ops import compiled
+from million_cli.ops import compiled, heuristics
 from million_cli.ops.compiled import CodeLayout
 from million_cli.ops.fragment import FragmentLayout
 from million_cli.ops.layouts import Layout, RowLayout, TransposedLayout
 from million_cli.spec import CodeSpec, WindowSpec
 
 SHAPES = [(128, 64), (128, 32), (64, 32), (64, 16)]
+WAYS = [(D, M, grids) for D, M in SHAPES for grids in (False, True) if not grids or D == 2 * M]
 
 
 def layout_of(kind: CodeLayout, spec: CodeSpec, page: int) -> Layout:
@@ -31,38 +32,68 @@ def quantizer(D: int, M: int, heads: int, rotated: bool) -> tuple[Tensor, Tensor
 def check_codes(codes: Tensor, x: Tensor, centroids: Tensor, rotation: Tensor | None) -> None:
     """codes [B, H, T, M] are nearest centroids; the distance may exceed the least by float32 rounding."""
     B, H, T, M = codes.shape
-    x = x.double()
-    if rotation is not None:
-        x = x @ rotation.double()
     table = centroids.double().expand(H, -1, -1, -1)
-    points = x.reshape(B, H, T, M, -1)
     mismatched = 0
     for h in range(H):
-        distance = (points[:, h, :, :, None] - table[h]).square().sum(-1)  # [B, T, M, 256]
-        least, best = distance.min(-1)
-        chosen = distance.gather(-1, codes[:, h, :, :, None].long())[..., 0]
-        magnitude = points[:, h].square().sum(-1) + 1
-        assert ((chosen - least) <= 2e-6 * magnitude).all()
-        mismatched += int((best != codes[:, h]).sum())
+        for first in range(0, T, 4096):
+            part = x[:, h, first : first + 4096].double()
+            if rotation is not None:
+                part = part @ rotation.double()[h if rotation.shape[0] > 1 else 0]
+            points = part.unflatten(-1, (M, -1))
+            chosen = codes[:, h, first : first + 4096].long()
+            distance = (points[..., None, :] - table[h]).square().sum(-1)  # [B, t, M, 256]
+            least, best = distance.min(-1)
+            excess = distance.gather(-1, chosen[..., None])[..., 0] - least
+            assert (excess <= 2e-6 * (points.square().sum(-1) + 1)).all()
+            mismatched += int((best != chosen).sum())
     assert mismatched <= 1e-4 * codes.numel() + 2
 
 
+def encode_by(
+    grids: bool,
+    x: Tensor,
+    centroids: Tensor,
+    rotation: Tensor | None,
+    codes: Tensor,
+    table: Tensor | None,
+    start: int,
+    page: int,
+    kind: CodeLayout,
+) -> None:
+    """`pq_encode` through grids or by the scan, whatever the length."""
+    Hc, M, _, dsub = centroids.shape
+    size = heuristics.encode_workspace_bytes(heuristics.MIN_GRID_POINTS, Hc * M, dsub)
+    # What lies in the workspace before does not matter.
+    workspace = torch.full((size,), 255, dtype=torch.uint8, device=DEVICE) if grids else None
+    torch.ops.million.pq_encode(x, centroids, rotation, codes, table, workspace, start, page, int(kind))
+
+
 @pytest.mark.parametrize("kind", list(CodeLayout))
-@pytest.mark.parametrize(("D", "M"), SHAPES)
-@pytest.mark.parametrize("rotated", [False, True])
-def test_pages(kind: CodeLayout, D: int, M: int, rotated: bool) -> None:
+@pytest.mark.parametrize(("D", "M", "grids"), WAYS)
+@pytest.mark.parametrize(("rotated", "dtype"), [(0, "bfloat16"), (1, "float16"), (1, "bfloat16")])
+def test_pages(kind: CodeLayout, D: int, M: int, grids: bool, rotated: int, dtype: str) -> None:
     B, H, P, T, start = 2, 3, 48, 480, 96
-    dtype = torch.float16 if rotated else torch.bfloat16
-    centroids, rotation = quantizer(D, M, H, rotated)
+    centroids, rotation = quantizer(D, M, H, bool(rotated))
     layout = layout_of(kind, CodeSpec(D, M, 8), P)
-    x = torch.randn(B, T, H, D, device=DEVICE).to(dtype).transpose(1, 2)  # strided, as models give it
+    x = torch.randn(B, T, H, D, device=DEVICE).to(getattr(torch, dtype)).transpose(1, 2)  # as models give it
     width = (start + T) // P
     table = torch.randperm(B * width + 1, device=DEVICE)[: B * width].int().view(B, width)
     pool = torch.full((B * width + 1, H, *layout.page_shape), 255, dtype=torch.uint8, device=DEVICE)
-    compiled.pq_encode(x, centroids, rotation, pool, table, start=start, page_size=P, layout=kind)
+    encode_by(grids, x, centroids, rotation, pool, table, start, P, kind)
     codes = layout.unpack(pool[table.long()].transpose(1, 2)).flatten(2, 3)  # [B, H, width * P, M]
     assert (codes[:, :, :start] == 255).all()
     check_codes(codes[:, :, start:], x, centroids, rotation)
+
+
+def rows(x: Tensor, centroids: Tensor, rotation: Tensor | None, grids: bool | None = None) -> Tensor:
+    """Codes [B, H, T, M] of x; `grids` None leaves the choice to the op's caller."""
+    B, H, T, _ = x.shape
+    codes = torch.full((B, H, T, centroids.shape[1]), 7, dtype=torch.uint8, device=DEVICE)
+    if grids is None:
+        compiled.pq_encode(x, centroids, rotation, codes, None, start=0, page_size=16, layout=CodeLayout.ROW)
+    else:
+        encode_by(grids, x, centroids, rotation, codes, None, 0, 16, CodeLayout.ROW)
+    return codes
 
 
 @pytest.mark.parametrize(("D", "M"), SHAPES)
@@ -76,12 +107,127 @@ def test_contiguous(D: int, M: int) -> None:
     assert not codes[:, :, T:].any()
 
 
-def test_lowest_index_wins_a_tie() -> None:
+@pytest.mark.parametrize("T", [16, 2032, 2048, 2080, 33008])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_lengths(T: int, dtype: torch.dtype) -> None:
+    """Either side of where grids begin, whole and broken chunks of tokens."""
+    centroids, rotation = quantizer(128, 64, 2, True)
+    x = torch.randn(1, T, 2, 128, device=DEVICE).to(dtype).transpose(1, 2)
+    codes = rows(x, centroids, rotation)
+    check_codes(codes, x, centroids, rotation)
+    assert torch.equal(codes, rows(x, centroids, rotation, grids=False))
+
+
+@pytest.mark.parametrize("grids", [False, True])
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize(("offset", "padding"), [(2, 2), (2, 6), (8, 8), (0, 2)])
+def test_rows_that_are_not_aligned(grids: bool, rotated: bool, offset: int, padding: int) -> None:
+    centroids, rotation = quantizer(128, 64, 2, rotated)
+    x = (
+        torch.randn(2, 256, 2, 128 + padding, device=DEVICE)
+        .half()[..., offset : offset + 128]
+        .transpose(1, 2)
+    )
+    assert torch.equal(
+        rows(x, centroids, rotation, grids), rows(x.contiguous(), centroids, rotation, grids=False)
+    )
+
+
+@pytest.mark.parametrize("grids", [False, True])
+def test_lowest_index_wins_a_tie(grids: bool) -> None:
     centroids = torch.zeros(1, 64, 256, 2, device=DEVICE)
     x = torch.randn(1, 1, 16, 128, device=DEVICE).half()
-    codes = torch.full((1, 1, 16, 64), 7, dtype=torch.uint8, device=DEVICE)
-    compiled.pq_encode(x, centroids, None, codes, None, start=0, page_size=16, layout=CodeLayout.ROW)
-    assert not codes.any()
+    assert not rows(x, centroids, None, grids).any()
+    centroids[:, :, 100:] = 1.0  # two distinct centroids, in 100 and 156 copies
+    codes = rows(torch.where(x > 0.5, 1.0, 0.0).half(), centroids, None, grids)
+    assert set(codes.unique().tolist()) <= {0, 100}
+
+
+def codebooks() -> Tensor:
+    """[32, 256, 2]: centroids that a grid may find hard, then random ones of many sizes and places."""
+    lattice = torch.stack(torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij"), -1).view(
+        -1, 2
+    )
+    line, none = torch.randn(256), torch.zeros(256)
+    turn = torch.linspace(0, 6.28, 256)
+    hard = [
+        torch.full((256, 2), 0.375),
+        torch.stack([line, none], 1),
+        torch.stack([none, line], 1),
+        torch.stack([line, line], 1),
+        torch.stack([turn.cos(), turn.sin()], 1),
+        lattice,
+        lattice / 3,
+        torch.randn(7, 2)[torch.randint(0, 7, (256,))],
+        torch.cat([torch.ones(240, 2), torch.randn(16, 2)]),
+        torch.cat([torch.randn(128, 2) * 1e-3, torch.randn(128, 2) * 1e-3 + 5]),
+        (torch.randn(64, 1, 2) + torch.randn(64, 4, 2) * 1e-7).reshape(256, 2),
+        torch.distributions.Cauchy(0.0, 1.0).sample((256, 2)),
+        torch.randn(256, 2) * torch.tensor([1.0, 1e-3]),
+        torch.randn(256, 2) * 0.01 + 100,
+        *(torch.randn(256, 2) * 10.0**power for power in (3, -4, -19, -22, -39, 18)),
+    ]
+    scales = 10.0 ** torch.randn(32 - len(hard), 1, 1)
+    return torch.cat([torch.stack(hard), (torch.randn(len(scales), 256, 2) + torch.randn(1, 2)) * scales])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(3))
+def test_grids_give_the_codes_of_the_scan(dtype: torch.dtype, seed: int) -> None:
+    """Points on and near centroids, between two of them, spread like them, and far outside."""
+    torch.manual_seed(seed)
+    books = codebooks()
+    size = books.std(1, keepdim=True)
+    one, two = (torch.take_along_dim(books, torch.randint(0, 256, (32, 1024, 1)), 1) for _ in range(2))
+    near = one + torch.randn(32, 1024, 2) * size * 10.0 ** -(4 * torch.rand(32, 1024, 1))
+    spread = books.mean(1, keepdim=True) + torch.randn(32, 1024, 2) * size
+    far = books.mean(1, keepdim=True) + torch.randn(32, 1024, 2) * size * 50
+    points = torch.cat([one, near, (one + two) / 2, spread, far], 1)  # [32, 5120, 2]
+    x = points.clamp(-6e4, 6e4).transpose(0, 1).reshape(1, 1, -1, 64).to(DEVICE, dtype)
+    centroids = books[None].to(DEVICE)
+    assert torch.equal(rows(x, centroids, None, grids=True), rows(x, centroids, None, grids=False))
+
+
+@pytest.mark.parametrize("grids", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("D", [64, 128])
+def test_any_invertible_rotation(D: int, dtype: torch.dtype, grids: bool) -> None:
+    """Not orthogonal, entries from 1e-4 to 1e2, columns of different size; centroids are rotated vectors."""
+    H, T = 2, 1024
+    rotation = torch.randn(H, D, D, device=DEVICE) * 10.0 ** (4 * torch.rand(H, 1, D, device=DEVICE) - 2)
+    x = torch.randn(1, H, T, D, device=DEVICE).to(dtype)
+    rotated = (x[0, :, :256].double() @ rotation.double()).float()  # [H, 256, D]
+    centroids = rotated.unflatten(-1, (D // 2, 2)).transpose(1, 2).contiguous()
+    codes = rows(x, centroids, rotation, grids)
+    check_codes(codes, x, centroids, rotation)
+    own = torch.arange(256, device=DEVICE)[None, None, :, None]  # a centroid's own vector, up to rounding
+    assert int((codes[:, :, :256] != own).sum()) <= 1e-3 * codes[:, :, :256].numel()
+
+
+def test_a_workspace_that_does_not_fit_is_named() -> None:
+    x, codes = (
+        torch.zeros(1, 1, 16, 128, device=DEVICE).half(),
+        torch.zeros(1, 1, 16, 64, device=DEVICE).byte(),
+    )
+    small = torch.zeros(1000, dtype=torch.uint8, device=DEVICE)
+    with pytest.raises(
+        RuntimeError, match=r"workspace \[1000\]: uint8 on the device, aligned, at least 525312"
+    ):
+        torch.ops.million.pq_encode(
+            x, torch.zeros(1, 64, 256, 2, device=DEVICE), None, codes, None, small, 0, 16, 0
+        )
+    with pytest.raises(RuntimeError, match=r"grids are for subspaces of two dims"):
+        torch.ops.million.pq_encode(
+            x,
+            torch.zeros(1, 32, 256, 4, device=DEVICE),
+            None,
+            codes[..., :32].contiguous(),
+            None,
+            small,
+            0,
+            16,
+            0,
+        )
 
 
 @pytest.mark.parametrize(("page", "residual"), [(64, 128), (16, 48), (256, 512)])
