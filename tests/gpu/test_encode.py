@@ -1,4 +1,4 @@
-"""Encoding on the GPU: nearest centroids in float64 up to ties in float32, and grids give the codes of the scan."""
+"""Encoding on the GPU: nearest centroids up to ties in float32, and grids give the codes of the scan."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def quantizer(D: int, M: int, heads: int, rotated: bool) -> tuple[Tensor, Tensor
 
 def check_codes(codes: Tensor, x: Tensor, centroids: Tensor, rotation: Tensor | None) -> None:
     """codes [B, H, T, M] are nearest centroids; the distance may exceed the least by float32 rounding."""
-    B, H, T, M = codes.shape
+    _, H, T, M = codes.shape
     table = centroids.double().expand(H, -1, -1, -1)
     mismatched = 0
     for h in range(H):

@@ -1,4 +1,4 @@
-"""Contexts beyond a million tokens, in pools beyond 2 GiB: offsets need 64 bits.  The reference goes chunk by chunk."""
+"""Contexts beyond a million tokens, in pools beyond 2 GiB, against a reference that goes chunk by chunk."""
 
 from collections.abc import Iterator
 
@@ -23,7 +23,7 @@ def parts(case: Case) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def errors(case: Case, got: Tensor) -> tuple[float, float]:
-    """Relative errors of `got` [1, Hq, D] and of torch's attention in its dtype, to a float64 running softmax."""
+    """Relative errors of `got` [1, Hq, D] and of torch's own attention, to a running softmax in float64."""
     shape = case.shape
     q = case.q[0].double().view(shape.kv_heads, -1, shape.head_dim)  # [Hkv, G, D]
     least = torch.finfo(torch.float64).min
