@@ -87,7 +87,7 @@ class Case:
         self.q = self.q.to(dtype)
 
     def decoded(self, b: int, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [Hkv, n, D] in float64 of the tokens first .. last - 1 of sequence b, whole pages."""
+        """Keys and values [Hkv, n, D] in float64 of sequence b's tokens first .. last - 1, whole pages."""
         shape, D, P = self.shape, self.shape.head_dim, self.shape.window.page_size
         ids = self.block_table[b, first // P : last // P].long()
         both = []
