@@ -366,7 +366,7 @@ __global__ void __launch_bounds__(T::kThreads) grid_encode_kernel(const __grid_c
       }
       const GridFrame frame = shared.frames[i][t];
       const uint8_t* centroids = reinterpret_cast<const uint8_t*>(&shared.centroids[i][0][t]);
-      uint32_t codes[4];
+      uint2 list[4];
       uint32_t scanned = 0;  // bit n: point n needs the scan
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
@@ -376,16 +376,20 @@ __global__ void __launch_bounds__(T::kThreads) grid_encode_kernel(const __grid_c
         // The nearest whole number, from the bits of a sum with 1.5 * 2^23.
         const int X = __float_as_int(fminf(fmaxf(ux, 0.f), kSide - 1.f) + 0x1.8p23f) & (kSide - 1);
         const int Y = __float_as_int(fminf(fmaxf(uy, 0.f), kSide - 1.f) + 0x1.8p23f) & (kSide - 1);
-        const uint2 list = shared.lists[i][Y * kSide + X][t];
+        list[n] = shared.lists[i][Y * kSide + X][t];
         const bool inside = fabsf(ux - kMiddle) < kLimit && fabsf(uy - kMiddle) < kLimit;
-        if (!inside || (list.x & 0xffff) == kTooMany.x) scanned |= 1u << n;
+        if (!inside || (list[n].x & 0xffff) == kTooMany.x) scanned |= 1u << n;
+      }
+      uint32_t codes[4];
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
         Found best;
-        compare<0, 4>(list, point[n], centroids, best);
+        compare<0, 4>(list[n], point[n], centroids, best);
         // Lists ascend until their last candidate repeats.
-        if (__any_sync(0xffffffffu, (list.y & 255) > list.x >> 24)) {
-          compare<4, 2>(list, point[n], centroids, best);
-          if (__any_sync(0xffffffffu, (list.y >> 16 & 255) > (list.y >> 8 & 255)))
-            compare<6, 2>(list, point[n], centroids, best);
+        if (__any_sync(0xffffffffu, (list[n].y & 255) > list[n].x >> 24)) {
+          compare<4, 2>(list[n], point[n], centroids, best);
+          if (__any_sync(0xffffffffu, (list[n].y >> 16 & 255) > (list[n].y >> 8 & 255)))
+            compare<6, 2>(list[n], point[n], centroids, best);
         }
         codes[n] = best.at >> 5;
       }

@@ -37,21 +37,28 @@ struct Rows {
   // `first` is the element of row 0; rows from `count` on are zeros.  `aligned`: 16-byte loads are possible.
   __device__ __forceinline__ void load(const uint16_t* first, int64_t stride, int count, bool aligned) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    load_row(low, first + g * stride + 8 * t, g < count, aligned);
-    load_row(high, first + (g + 8) * stride + 8 * t, g + 8 < count, aligned);
+    const uint16_t* x = first + g * stride + 8 * t;
+#pragma unroll
+    for (int j = 0; j < kPieces; ++j) low[j] = high[j] = make_uint4(0, 0, 0, 0);
+    if (aligned) {
+#pragma unroll
+      for (int j = 0; j < kPieces; ++j) {
+        if (g < count) low[j] = __ldg(reinterpret_cast<const uint4*>(x + 32 * j));
+        if (g + 8 < count) high[j] = __ldg(reinterpret_cast<const uint4*>(x + 8 * stride + 32 * j));
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < kPieces; ++j) {
+        if (g < count) low[j] = load_words(x + 32 * j);
+        if (g + 8 < count) high[j] = load_words(x + 8 * stride + 32 * j);
+      }
+    }
   }
 
  private:
-  __device__ __forceinline__ static void load_row(uint4 (&row)[kPieces], const uint16_t* x, bool valid, bool aligned) {
-#pragma unroll
-    for (int j = 0; j < kPieces; ++j) {
-      row[j] = make_uint4(0, 0, 0, 0);
-      if (valid && aligned) row[j] = __ldg(reinterpret_cast<const uint4*>(x + 32 * j));
-      if (valid && !aligned) {
-        const uint32_t* words = reinterpret_cast<const uint32_t*>(x + 32 * j);
-        row[j] = make_uint4(__ldg(words), __ldg(words + 1), __ldg(words + 2), __ldg(words + 3));
-      }
-    }
+  __device__ __forceinline__ static uint4 load_words(const uint16_t* x) {
+    const uint32_t* words = reinterpret_cast<const uint32_t*>(x);
+    return make_uint4(__ldg(words), __ldg(words + 1), __ldg(words + 2), __ldg(words + 3));
   }
 };
 
