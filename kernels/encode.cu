@@ -21,14 +21,30 @@ cudaError_t scan(const EncodeParams& params, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
+// Tokens of a block: as many as leave four blocks a multiprocessor, for a block first loads all its tables.
+template <class T>
+int tokens_of_block(int heads, int tokens, int multiprocessors) {
+  int chunk = T::kBlockTokens;
+  const auto blocks = [&](int size) { return int64_t(T::kBlocks) * heads * ((tokens + size - 1) / size); };
+  while (chunk < T::kMostTokens && blocks(2 * chunk) >= 4 * multiprocessors) chunk *= 2;
+  return chunk;
+}
+
 template <class T>
 cudaError_t through_grids(const EncodeParams& params, cudaStream_t stream) {
   constexpr size_t kShared = sizeof(typename T::Shared);
   if (const cudaError_t error = allow_shared(grid_encode_kernel<T>, kShared); error != cudaSuccess) return error;
+  int device, multiprocessors;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  if (const cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+      error != cudaSuccess)
+    return error;
+  const int heads = params.batch * params.pages.kv_heads;
+  const int chunk = tokens_of_block<T>(heads, params.tokens, multiprocessors);
   grid_kernel<T::M><<<params.quantizer.centroid_heads * T::M, kGridThreads, 0, stream>>>(params.quantizer.centroids,
                                                                                           params.grids);
-  const dim3 grid(T::kBlocks, (params.tokens + T::kChunk - 1) / T::kChunk, params.batch * params.pages.kv_heads);
-  grid_encode_kernel<T><<<grid, T::kThreads, kShared, stream>>>(params);
+  const dim3 grid(T::kBlocks, (params.tokens + chunk - 1) / chunk, heads);
+  grid_encode_kernel<T><<<grid, T::kThreads, kShared, stream>>>(params, chunk);
   return cudaGetLastError();
 }
 

@@ -1,10 +1,11 @@
-// Encoding by a scan of all centroids: optional rotation, nearest centroid, write in the layout of the pages, in one
-// kernel.  For a page at a time, for short inputs and for four dims a subspace; encode_grid.cuh serves the rest.
+// Encoding in one kernel: optional rotation, nearest centroid by a scan (two dims a subspace) or a filter (four, see
+// encode_filter.cuh), write in the layout of the pages.  encode_grid.cuh serves long inputs in subspaces of two dims.
 //
 // The nearest centroid is the lowest index at the least sum of squared differences in fp32, subtracted and squared
 // directly as the torch codec does: |c|^2 / 2 - x.c would cancel for vectors far from the origin.
 #pragma once
 
+#include "encode_filter.cuh"
 #include "encode_params.h"
 #include "encode_rotate.cuh"
 #include "layout.cuh"
@@ -120,18 +121,27 @@ __global__ void __launch_bounds__(T::kThreads) encode_kernel(const __grid_consta
   }
   __syncthreads();
   const float* centroids = p.quantizer.centroids + (p.quantizer.centroid_heads > 1 ? h : 0) * int64_t(kCentroids) * D;
+  const auto store = [&](int token, int s, int code) {
+    image[token / 16 * 16 * M + group_position<D, M>(p.pages.layout, token % 16, s)] = uint8_t(code);
+  };
   for (int s = warp; s < M; s += T::kThreads / 32) {
-    float x[4][kDsub];
-    int code[4];
+    if constexpr (kDsub == 4) {
+      static_assert(kTokens == Filter::kPoints, "a warp takes one subspace of all tokens");
+      const auto point = [&](int token) {
+        const float* x = tile + token * (D + 1) + s * 4;
+        return make_float4(x[0], x[1], x[2], x[3]);
+      };
+      Filter(centroids + s * kCentroids * 4).run(point, [&](int token, int code) { store(token, s, code); });
+    } else {
+      float x[4][kDsub];
+      int code[4];
 #pragma unroll
-    for (int n = 0; n < 4; ++n)
+      for (int n = 0; n < 4; ++n)
 #pragma unroll
-      for (int j = 0; j < kDsub; ++j) x[n][j] = tile[(lane + 32 * n) * (D + 1) + s * kDsub + j];
-    nearest<kDsub, 4>(x, centroids + s * kCentroids * kDsub, code);
+        for (int j = 0; j < kDsub; ++j) x[n][j] = tile[(lane + 32 * n) * (D + 1) + s * kDsub + j];
+      nearest<kDsub, 4>(x, centroids + s * kCentroids * kDsub, code);
 #pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      const int token = lane + 32 * n;
-      image[token / 16 * 16 * M + group_position<D, M>(p.pages.layout, token % 16, s)] = uint8_t(code[n]);
+      for (int n = 0; n < 4; ++n) store(lane + 32 * n, s, code[n]);
     }
   }
   __syncthreads();

@@ -1,25 +1,25 @@
 // Encoding of two dims a subspace through a grid: the plane of a subspace is cut into cells, each with the list of the
 // centroids that can be the nearest of some point in it, and a point is compared to those of its cell only.
 //
-// Exactness.  The result is that of the scan in encode.cuh, bit for bit: the lowest index at the least squared distance as
-// fp32 computes it.  A centroid c is left out of a cell's list only if another, c', is nearer to *every* point of the cell
-// by more than all rounding.  |x - c|^2 - |x - c'|^2 is linear in x, so over a box with centre m and half sides hx, hy, with
-// q = c - m, its least value is
+// Exactness.  The result is that of the scan in encode.cuh, bit for bit: the lowest index at the least squared distance
+// as fp32 computes it.  A centroid c is left out of a cell's list only if another, c', is nearer to *every* point of
+// the cell by more than all rounding.  |x - c|^2 - |x - c'|^2 is linear in x, so over a box with centre m and half
+// sides hx, hy, with q = c - m, its least value is
 //     |q|^2 - |q'|^2 - 2 hx |qx - q'x| - 2 hy |qy - q'y|,
-// which must exceed 2^-19 (|q|^2 + |qx| Sx + |qy| Sy + hx^2 + hy^2) for q and for q' (S = |m| + h): twice a bound of the
-// errors of q, of these sums, and of the distances that the lookup computes (relative 2^-22).  Cells are widened by 2^-9
-// of their size against the rounding of a point's cell number.  Of equal centroids only the first is listed.
+// which must exceed 2^-19 (|q|^2 + |qx| Sx + |qy| Sy + hx^2 + hy^2) for q and for q' (S = |m| + h): twice a bound of
+// the errors of q, of these sums, and of the distances that the lookup computes (relative 2^-22).  Cells are widened by
+// 2^-9 of their size against the rounding of a point's cell number.  Of equal centroids only the first is listed.
 //
-// The 32 x 32 cells lie between the 9th and the 248th of the centroids' coordinates on each axis, plus a twentieth; cells at
-// the border reach 64 cells further out.  Points beyond, and points in cells with more than 8 candidates, are scanned, by
-// the 32 lanes of a warp together.  For keys and values of a 5M-parameter model, with and without
-// rotation, lists that are met hold 2.7 to 3.6 candidates (4.6 for samples of Student's t with 4 degrees of freedom), the
-// longest of 32 holds 4 to 6, and no point is scanned.
+// The 32 x 32 cells lie between the 9th and the 248th of the centroids' coordinates on each axis, plus a twentieth;
+// cells at the border reach 64 cells further out.  Points beyond, and points in cells with more than 8 candidates, are
+// scanned, by the 32 lanes of a warp together.  For keys and values of a 5M-parameter model, with and without rotation,
+// lists that are met hold 2.7 to 3.6 candidates (4.6 for samples of Student's t with 4 degrees of freedom), the longest
+// of 32 holds 4 to 6, and no point is scanned.
 //
-// Cost.  Building takes ~1000 instructions a cell, with divergence ~0.3 ms on an H200 for keys and values of 32 heads.  A
-// lookup is bound by shared memory: 32 lanes take ~2.7 passes for every half of a warp that reads 8 bytes at random, so ~40
-// passes for the list and 5 to 6 candidates (the most among 32 lanes), and 10 more for the operands of the rotation.  134M
-// points (32K tokens, 32 heads, 64 subspaces, keys and values) then take 0.9 ms.
+// Cost.  Building takes ~1000 instructions a cell, with divergence ~0.3 ms on an H200 for keys and values of 32 heads.
+// A lookup is bound by shared memory: 32 lanes take ~2.7 passes for every half of a warp that reads 8 bytes at random,
+// so ~40 passes for the list and 5 to 6 candidates (the most among 32 lanes), and 10 more for the operands of the
+// rotation.  134M points (32K tokens, 32 heads, 64 subspaces, keys and values) then take 0.9 ms.
 #pragma once
 
 #include "encode.cuh"
@@ -212,7 +212,9 @@ struct GridEncode {
   static constexpr int kTiles = MILLION_SHARED_KIB >= 227 ? 4 : 2;  // of eight dims: a block's share of the columns
   static constexpr int kBlocks = D / 8 / kTiles;                    // that share a head's tokens
   static constexpr int kPiece = 2 * kTiles;                         // bytes a lane stores of every 16 tokens
-  static constexpr int kWarpTokens = 32, kChunk = 2048;             // tokens a warp takes at a time, a block in all
+  static constexpr int kWarpTokens = 32;                            // that a warp takes at a time
+  static constexpr int kBlockTokens = kWarps * kWarpTokens;         // that a block takes at a time
+  static constexpr int kMostTokens = 8 * kBlockTokens;              // and in all, at most
   struct Shared {
     uint2 lists[kTiles][kCells][4];
     float2 centroids[kTiles][kCentroids][4];
@@ -298,9 +300,9 @@ __device__ __forceinline__ int scan_together(float2 x, const float2 (*centroids)
   return __reduce_min_sync(0xffffffffu, bits == least ? code : kCentroids - 1);
 }
 
-// Grid (blocks of columns, chunks of tokens, B * Hkv): blocks that read the same tokens run side by side.
+// Grid (blocks of columns, chunks of `chunk` tokens, B * Hkv): blocks that read the same tokens run side by side.
 template <class T>
-__global__ void __launch_bounds__(T::kThreads) grid_encode_kernel(const __grid_constant__ EncodeParams p) {
+__global__ void __launch_bounds__(T::kThreads) grid_encode_kernel(const __grid_constant__ EncodeParams p, int chunk) {
   constexpr int D = T::D, M = T::M, kTiles = T::kTiles;
   extern __shared__ __align__(16) uint8_t memory[];
   typename T::Shared& shared = *reinterpret_cast<typename T::Shared*>(memory);
@@ -324,8 +326,8 @@ __global__ void __launch_bounds__(T::kThreads) grid_encode_kernel(const __grid_c
         uint32_t slots = 0;
         for (int half = 0; half < 2; ++half) {
           const int token = g + 8 * half, s = 4 * tile_of(i) + t;
-          const int slot = T::owner(layout, token, s, i) * T::kPiece + group_position<D, M>(layout, token, s) % T::kPiece;
-          slots |= uint32_t(slot) << 16 * half;
+          const int inside = group_position<D, M>(layout, token, s) % T::kPiece;
+          slots |= uint32_t(T::owner(layout, token, s, i) * T::kPiece + inside) << 16 * half;
         }
         shared.slots[i][lane] = slots;
       }
@@ -338,8 +340,8 @@ __global__ void __launch_bounds__(T::kThreads) grid_encode_kernel(const __grid_c
   __syncthreads();
 
   const int piece = T::piece(layout, blockIdx.x, lane);
-  const int end = min(int(blockIdx.y + 1) * T::kChunk, p.tokens);
-  for (int first = blockIdx.y * T::kChunk + warp * T::kWarpTokens; first < end; first += T::kWarps * T::kWarpTokens) {
+  const int end = min(int(blockIdx.y + 1) * chunk, p.tokens);
+  for (int first = blockIdx.y * chunk + warp * T::kWarpTokens; first < end; first += T::kBlockTokens) {
     const EncodeRows rows(p, b, h, first);
     const int count = end - first;
     Rows<D> x[2];

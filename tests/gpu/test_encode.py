@@ -143,49 +143,65 @@ def test_lowest_index_wins_a_tie(grids: bool) -> None:
     assert set(codes.unique().tolist()) <= {0, 100}
 
 
-def codebooks() -> Tensor:
-    """[32, 256, 2]: centroids that a grid may find hard, then random ones of many sizes and places."""
-    lattice = torch.stack(torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij"), -1).view(
-        -1, 2
-    )
-    line, none = torch.randn(256), torch.zeros(256)
-    turn = torch.linspace(0, 6.28, 256)
+def codebooks(dsub: int) -> Tensor:
+    """[64 / dsub, 256, dsub]: centroids that are hard to search, then random ones of all sizes and places."""
+    side = round(256 ** (1 / dsub))
+    lattice = torch.cartesian_prod(*[torch.arange(float(side))] * dsub)
+    line, turn = torch.randn(256, 1), torch.linspace(0, 6.28, 256)[:, None]
+    axis = torch.eye(dsub)
+    uneven = torch.tensor([1.0, 1e-3, 10.0, 1.0])[:dsub]
     hard = [
-        torch.full((256, 2), 0.375),
-        torch.stack([line, none], 1),
-        torch.stack([none, line], 1),
-        torch.stack([line, line], 1),
-        torch.stack([turn.cos(), turn.sin()], 1),
+        torch.full((256, dsub), 0.375),
+        line * axis[0],
+        line * axis[1],
+        line.expand(-1, dsub),
+        turn.cos() * axis[0] + turn.sin() * axis[1],
         lattice,
         lattice / 3,
-        torch.randn(7, 2)[torch.randint(0, 7, (256,))],
-        torch.cat([torch.ones(240, 2), torch.randn(16, 2)]),
-        torch.cat([torch.randn(128, 2) * 1e-3, torch.randn(128, 2) * 1e-3 + 5]),
-        (torch.randn(64, 1, 2) + torch.randn(64, 4, 2) * 1e-7).reshape(256, 2),
-        torch.distributions.Cauchy(0.0, 1.0).sample((256, 2)),
-        torch.randn(256, 2) * torch.tensor([1.0, 1e-3]),
-        torch.randn(256, 2) * 0.01 + 100,
-        *(torch.randn(256, 2) * 10.0**power for power in (3, -4, -19, -22, -39, 18)),
+        torch.randn(7, dsub)[torch.randint(0, 7, (256,))],
+        torch.cat([torch.ones(240, dsub), torch.randn(16, dsub)]),
+        torch.cat([torch.randn(128, dsub) * 1e-3, torch.randn(128, dsub) * 1e-3 + 5]),
+        (torch.randn(64, 1, dsub) + torch.randn(64, 4, dsub) * 1e-7).reshape(256, dsub),
+        torch.distributions.Cauchy(0.0, 1.0).sample((256, dsub)),
+        torch.randn(256, dsub) * uneven,
+        torch.randn(256, dsub) * 0.01 + 100,
+        *(torch.randn(256, dsub) * 10.0**power for power in (3, -4, -19, -22, -39, 18)),
     ]
-    scales = 10.0 ** torch.randn(32 - len(hard), 1, 1)
-    return torch.cat([torch.stack(hard), (torch.randn(len(scales), 256, 2) + torch.randn(1, 2)) * scales])
+    order = torch.randperm(len(hard))[: 64 // dsub]  # of four dims there is room for some
+    scales = 10.0 ** torch.randn(64 // dsub - len(order), 1, 1)
+    rest = (torch.randn(len(scales), 256, dsub) + torch.randn(1, dsub)) * scales
+    return torch.cat([torch.stack([hard[i] for i in order]), rest])
 
 
+def scanned(x: Tensor, books: Tensor) -> Tensor:
+    """Codes [T, M] of the scan: fused multiply-adds in float32, the lowest index at the least distance."""
+    codes = []
+    for m, book in enumerate(books):
+        distance = torch.zeros(len(x), 256, device=x.device)
+        for j in range(book.shape[1]):
+            difference = (x[:, m, j, None] - book[:, j]).double()
+            distance = (difference.square() + distance.double()).float()
+        codes.append(distance.argmin(1))
+    return torch.stack(codes, 1).byte()
+
+
+@pytest.mark.parametrize(("M", "grids"), [(32, True), (32, False), (16, False)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("seed", range(3))
-def test_grids_give_the_codes_of_the_scan(dtype: torch.dtype, seed: int) -> None:
+def test_codes_are_those_of_the_scan(M: int, grids: bool, dtype: torch.dtype, seed: int) -> None:
     """Points on and near centroids, between two of them, spread like them, and far outside."""
     torch.manual_seed(seed)
-    books = codebooks()
+    books = codebooks(64 // M)
     size = books.std(1, keepdim=True)
-    one, two = (torch.take_along_dim(books, torch.randint(0, 256, (32, 1024, 1)), 1) for _ in range(2))
-    near = one + torch.randn(32, 1024, 2) * size * 10.0 ** -(4 * torch.rand(32, 1024, 1))
-    spread = books.mean(1, keepdim=True) + torch.randn(32, 1024, 2) * size
-    far = books.mean(1, keepdim=True) + torch.randn(32, 1024, 2) * size * 50
-    points = torch.cat([one, near, (one + two) / 2, spread, far], 1)  # [32, 5120, 2]
+    one, two = (torch.take_along_dim(books, torch.randint(0, 256, (M, 1024, 1)), 1) for _ in range(2))
+    near = one + torch.randn_like(one) * size * 10.0 ** -(4 * torch.rand(M, 1024, 1))
+    spread = books.mean(1, keepdim=True) + torch.randn_like(one) * size
+    far = books.mean(1, keepdim=True) + torch.randn_like(one) * size * 50
+    points = torch.cat([one, near, (one + two) / 2, spread, far], 1)  # [M, 5120, dsub]
     x = points.clamp(-6e4, 6e4).transpose(0, 1).reshape(1, 1, -1, 64).to(DEVICE, dtype)
-    centroids = books[None].to(DEVICE)
-    assert torch.equal(rows(x, centroids, None, grids=True), rows(x, centroids, None, grids=False))
+    books = books.to(DEVICE)
+    expected = scanned(x[0, 0].float().unflatten(-1, (M, -1)), books)
+    assert torch.equal(rows(x, books[None], None, grids)[0, 0], expected)
 
 
 @pytest.mark.parametrize("grids", [False, True])
