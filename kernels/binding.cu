@@ -111,7 +111,7 @@ million::CodePages code_pages(const Tensor& codes, const OptionalTensor& block_t
 }
 
 void encode(Tensor x, Tensor centroids, OptionalTensor rotation, Tensor codes, OptionalTensor block_table,
-            int64_t start, int64_t page_size, int64_t layout) {
+            OptionalTensor workspace, int64_t start, int64_t page_size, int64_t layout) {
   STD_TORCH_CHECK(x.dim() == 4 && x.is_cuda(), "x has shape ", shape_of(x), ", expected [B, Hkv, T, D] on a CUDA device");
   const int64_t B = x.size(0), H = x.size(1), T = x.size(2), D = x.size(3);
   million::EncodeParams p;
@@ -127,6 +127,16 @@ void encode(Tensor x, Tensor centroids, OptionalTensor rotation, Tensor codes, O
                   " of x ", shape_of(x), " pass the end of codes ", shape_of(codes));
   if (B * H * T == 0) return;
   STD_TORCH_CHECK(B * H <= 65535, "x ", shape_of(x), ": at most 65535 heads in all");
+  p.grids = {nullptr, nullptr};
+  if (workspace.has_value()) {
+    const int64_t grids = centroids.size(0) * M, bytes = grids * million::kGridBytes;
+    STD_TORCH_CHECK(D == 2 * M, "workspace for centroids ", shape_of(centroids), ": grids are for subspaces of two dims");
+    STD_TORCH_CHECK(workspace->scalar_type() == ScalarType::Byte && workspace->is_cuda() && workspace->is_contiguous() &&
+                        workspace->numel() >= bytes && reinterpret_cast<uintptr_t>(workspace->data_ptr()) % 16 == 0,
+                    "workspace ", shape_of(*workspace), ": uint8 on the device, aligned, at least ", bytes);
+    p.grids.frames = static_cast<million::GridFrame*>(workspace->data_ptr());
+    p.grids.lists = reinterpret_cast<uint2*>(p.grids.frames + grids);
+  }
   p.x = x.data_ptr();
   p.stride_batch = x.stride(0), p.stride_head = x.stride(1), p.stride_token = x.stride(2);
   p.batch = int(B), p.tokens = int(T), p.start = int(start);

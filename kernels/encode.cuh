@@ -1,10 +1,13 @@
-// Encoding: optional rotation, nearest centroid, write in the layout of the pages, in one kernel.
+// Encoding in one kernel: optional rotation, nearest centroid by a scan (two dims a subspace) or a filter (four, see
+// encode_filter.cuh), write in the layout of the pages.  encode_grid.cuh serves long inputs in subspaces of two dims.
 //
 // The nearest centroid is the lowest index at the least sum of squared differences in fp32, subtracted and squared
 // directly as the torch codec does: |c|^2 / 2 - x.c would cancel for vectors far from the origin.
 #pragma once
 
+#include "encode_filter.cuh"
 #include "encode_params.h"
+#include "encode_rotate.cuh"
 #include "layout.cuh"
 
 namespace million {
@@ -50,91 +53,102 @@ __device__ __forceinline__ uint8_t* group_chunk(const CodePages& pages, int b, i
   return pages.codes + page * page_bytes + inside;
 }
 
-// In place x [ROWS, D] -> x R, rows padded to D + 1 floats.  All THREADS call it; chunk: 16 * D floats.
-template <int D, int ROWS, int THREADS>
-__device__ void rotate_rows(float* x, float* chunk, const float* __restrict__ rotation) {
-  constexpr int kColumns = D / 16;                  // columns a thread: tx, tx + 16, ...
-  constexpr int kRowsPerThread = ROWS / (THREADS / 16);
-  const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
-  float sums[kRowsPerThread][kColumns] = {};
-  for (int k0 = 0; k0 < D; k0 += 16) {
-    __syncthreads();
-    for (int i = threadIdx.x; i < 16 * D / 4; i += THREADS)
-      reinterpret_cast<float4*>(chunk)[i] = __ldg(reinterpret_cast<const float4*>(rotation + k0 * D) + i);
-    __syncthreads();
-#pragma unroll
-    for (int k = 0; k < 16; ++k) {
-      float r[kColumns];
-#pragma unroll
-      for (int j = 0; j < kColumns; ++j) r[j] = chunk[k * D + tx + 16 * j];
-#pragma unroll
-      for (int i = 0; i < kRowsPerThread; ++i) {
-        const float value = x[(ty * kRowsPerThread + i) * (D + 1) + k0 + k];
-#pragma unroll
-        for (int j = 0; j < kColumns; ++j) sums[i][j] = fmaf(value, r[j], sums[i][j]);
-      }
-    }
-  }
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < kRowsPerThread; ++i)
-#pragma unroll
-    for (int j = 0; j < kColumns; ++j) x[(ty * kRowsPerThread + i) * (D + 1) + tx + 16 * j] = sums[i][j];
+// Elements of x from token `first` of head h on, and whether rows can be loaded 16 bytes at a time.
+struct EncodeRows {
+  const uint16_t* x;
+  bool aligned;
+  __device__ EncodeRows(const EncodeParams& p, int b, int h, int first)
+      : x(static_cast<const uint16_t*>(p.x) + b * p.stride_batch + h * p.stride_head + first * p.stride_token),
+        aligned(reinterpret_cast<uintptr_t>(p.x) % 16 == 0 &&
+                (p.stride_batch | p.stride_head | p.stride_token) % 8 == 0) {}
+};
+
+__device__ __forceinline__ const float* rotation_of_head(const Quantizer& q, int h, int D) {
+  return q.rotation + (q.rotation_heads > 1 ? h : 0) * int64_t(D) * D;
 }
 
-template <int D_, int M_>
+template <int D_, int M_, bool BF16_>
 struct Encode {
   static constexpr int D = D_, M = M_, kDsub = D / M, kTokens = 128, kThreads = 256;
-  static constexpr int kSharedBytes = (kTokens * (D + 1) + 16 * D) * 4 + kTokens * M;
+  static constexpr bool kBF16 = BF16_;
+  static constexpr int kColumnTiles = 2;  // of the rotation, at a time
+  struct Shared {
+    SplitColumns<D, BF16_, kColumnTiles> columns;
+    uint4 image[kTokens * M / 16];
+    float tile[kTokens * (D + 1)];
+  };
 };
 
 // Grid (tiles of 128 tokens, B * Hkv).
 template <class T>
 __global__ void __launch_bounds__(T::kThreads) encode_kernel(const __grid_constant__ EncodeParams p) {
   constexpr int D = T::D, M = T::M, kDsub = T::kDsub, kTokens = T::kTokens;
-  extern __shared__ __align__(16) float tile[];
-  float* chunk = tile + kTokens * (D + 1) + (4 - kTokens * (D + 1) % 4) % 4;
-  uint8_t* image = reinterpret_cast<uint8_t*>(chunk + 16 * D);
+  static_assert(kTokens == T::kThreads / 32 * 16, "a warp rotates 16 tokens");
+  extern __shared__ __align__(16) uint8_t memory[];
+  typename T::Shared& shared = *reinterpret_cast<typename T::Shared*>(memory);
+  float* tile = shared.tile;
+  uint8_t* image = reinterpret_cast<uint8_t*>(shared.image);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int b = blockIdx.y / p.pages.kv_heads, h = blockIdx.y % p.pages.kv_heads;
   const int first = blockIdx.x * kTokens, count = min(kTokens, p.tokens - first);
-  const int64_t base = b * p.stride_batch + h * p.stride_head + first * p.stride_token;
-  for (int i = threadIdx.x; i < kTokens * D / 2; i += T::kThreads) {
-    const int token = i / (D / 2), pair = i % (D / 2);
-    float2 value = make_float2(0.f, 0.f);
-    if (token < count) {
-      const int64_t element = base + token * p.stride_token + 2 * pair;
-      value = unpack2(*reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(p.x) + element), p.dtype);
+  const EncodeRows rows(p, b, h, first);
+  if (p.quantizer.rotation == nullptr) {
+    for (int i = threadIdx.x; i < kTokens * D / 2; i += T::kThreads) {
+      const int token = i / (D / 2), pair = i % (D / 2);
+      float2 value = make_float2(0.f, 0.f);
+      if (token < count)
+        value = unpack2(*reinterpret_cast<const uint32_t*>(rows.x + token * p.stride_token + 2 * pair), p.dtype);
+      tile[token * (D + 1) + 2 * pair] = value.x;
+      tile[token * (D + 1) + 2 * pair + 1] = value.y;
     }
-    tile[token * (D + 1) + 2 * pair] = value.x;
-    tile[token * (D + 1) + 2 * pair + 1] = value.y;
+  } else {
+    Rows<D> x[1];
+    x[0].load(rows.x + int64_t(warp) * 16 * p.stride_token, p.stride_token, count - warp * 16, rows.aligned);
+    const float* rotation = rotation_of_head(p.quantizer, h, D);
+    for (int column = 0; column < D; column += 8 * T::kColumnTiles) {
+      __syncthreads();
+      shared.columns.load(rotation, [=](int i) { return column + 8 * i; });
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < T::kColumnTiles; ++i) {
+        float rotated[1][4];
+        shared.columns.multiply(x, i, rotated);
+        float* out = tile + (warp * 16 + lane / 4) * (D + 1) + column + 8 * i + lane % 4 * 2;
+        out[0] = rotated[0][0], out[1] = rotated[0][1];
+        out[8 * (D + 1)] = rotated[0][2], out[8 * (D + 1) + 1] = rotated[0][3];
+      }
+    }
   }
   __syncthreads();
-  if (p.quantizer.rotation != nullptr) {
-    rotate_rows<D, kTokens, T::kThreads>(
-        tile, chunk, p.quantizer.rotation + (p.quantizer.rotation_heads > 1 ? h : 0) * int64_t(D) * D);
-    __syncthreads();
-  }
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const float* centroids = p.quantizer.centroids + (p.quantizer.centroid_heads > 1 ? h : 0) * int64_t(kCentroids) * D;
+  const auto store = [&](int token, int s, int code) {
+    image[token / 16 * 16 * M + group_position<D, M>(p.pages.layout, token % 16, s)] = uint8_t(code);
+  };
   for (int s = warp; s < M; s += T::kThreads / 32) {
-    float x[4][kDsub];
-    int code[4];
+    if constexpr (kDsub == 4) {
+      static_assert(kTokens == Filter::kPoints, "a warp takes one subspace of all tokens");
+      const auto point = [&](int token) {
+        const float* x = tile + token * (D + 1) + s * 4;
+        return make_float4(x[0], x[1], x[2], x[3]);
+      };
+      Filter(centroids + s * kCentroids * 4).run(point, [&](int token, int code) { store(token, s, code); });
+    } else {
+      float x[4][kDsub];
+      int code[4];
 #pragma unroll
-    for (int n = 0; n < 4; ++n)
+      for (int n = 0; n < 4; ++n)
 #pragma unroll
-      for (int j = 0; j < kDsub; ++j) x[n][j] = tile[(lane + 32 * n) * (D + 1) + s * kDsub + j];
-    nearest<kDsub, 4>(x, centroids + s * kCentroids * kDsub, code);
+        for (int j = 0; j < kDsub; ++j) x[n][j] = tile[(lane + 32 * n) * (D + 1) + s * kDsub + j];
+      nearest<kDsub, 4>(x, centroids + s * kCentroids * kDsub, code);
 #pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      const int token = lane + 32 * n;
-      image[token / 16 * 16 * M + group_position<D, M>(p.pages.layout, token % 16, s)] = uint8_t(code[n]);
+      for (int n = 0; n < 4; ++n) store(lane + 32 * n, s, code[n]);
     }
   }
   __syncthreads();
   for (int i = threadIdx.x; i < count / 16 * M; i += T::kThreads) {
     const int group = i / M, piece = i % M;
     *reinterpret_cast<uint4*>(group_chunk(p.pages, b, h, p.start + first + group * 16, M, piece)) =
-        reinterpret_cast<const uint4*>(image)[i];
+        shared.image[i];
   }
 }
 
@@ -180,7 +194,7 @@ __device__ void append_side(const AppendParams& p, const AppendSide& side, int p
       const int token = i / kDims, d = part * kDims + i % kDims;
       float value = rows[token * (D + 1) + d];
       if (side.quantizer.rotation != nullptr) {
-        const float* rotation = side.quantizer.rotation + (side.quantizer.rotation_heads > 1 ? h : 0) * int64_t(D) * D;
+        const float* rotation = rotation_of_head(side.quantizer, h, D);
         value = 0.f;
 #pragma unroll 16
         for (int e = 0; e < D; ++e) value = fmaf(rows[token * (D + 1) + e], __ldg(rotation + e * D + d), value);

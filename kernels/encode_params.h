@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common.cuh"
+#include "encode_grid_shape.h"
 
 namespace million {
 
@@ -27,6 +28,7 @@ struct EncodeParams {
   int64_t stride_batch, stride_head, stride_token;
   Quantizer quantizer;
   CodePages pages;
+  Grids grids;
   int batch, tokens, start;  // x holds the positions start .. start + tokens - 1; multiples of 16
   Dtype dtype;
 };

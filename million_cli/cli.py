@@ -17,6 +17,7 @@ EPILOG = (
     "Everything else is a Hydra override (key=value, e.g. quantizer=pq-3bit cache.page_size=128) or a Hydra "
     "flag: --multirun runs every combination of comma-separated values, --cfg job prints the configuration."
 )
+BENCHES = ("speed", "kernel")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -163,10 +164,12 @@ def bench(
     breakdown: Annotated[bool, typer.Option("--breakdown", help="Time by stage.")] = False,
     out: Out = None,
 ) -> None:
-    """Time the first and the following tokens, beside the dense cache.
+    """Time the first and the following tokens, beside the dense cache; `bench kernel`: the kernels alone.
 
-    Example: million bench --paged --breakdown bench.context=4096
+    Examples: million bench --paged --breakdown bench.context=4096; million bench kernel bench.heads=[32/8]
     """
+    if ctx.args and ctx.args[0] in BENCHES:
+        ctx.args[0] = f"bench={ctx.args[0]}"
     _run("bench", ctx)
 
 

@@ -193,6 +193,10 @@ BAD = [
     (["run", "stages=[dance]"], "stages=dance: accepted are baseline, sample"),
     (["train-codebook", *SMALL, "train.trainer=magic"], "train.trainer=magic: accepted are torch, faiss"),
     (["bench", *SMALL, "bench.repeats=0"], "bench.repeats=0: accepted are integers from 1"),
+    (["bench", "kernel", "bench.heads=[7/7]"], "bench.heads=7/7: accepted are some of 32/32, 32/8, 64/8"),
+    (["bench", "kernel", "bench.replays=0"], "bench.replays=0: accepted are integers from 1"),
+    (["bench", "kernel", "bench.batch=[8]", "bench.encode=false", "bench.context=[4096]"], "no case has all"),
+    (["bench", "nonsense"], "unexpected argument 'nonsense'"),
     (["generate", "", *SMALL], "the prompt is empty"),
     (["generate", "word", *SMALL, "--tokens", "3000"], "4 + 3000; accepted are 2048"),
     (["report", "--csv", "/no/results.csv"], "no results at /no/results.csv"),
@@ -212,6 +216,14 @@ def test_the_users_mistake_is_one_line_and_exit_code_2(million, arguments, messa
     assert mistakes[0] == stderr[-1]
     assert message in mistakes[0]
     assert not any("Traceback" in line for line in stderr)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_bench_kernel_says_that_it_needs_a_gpu(million, tmp_path):
+    code, _, stderr = million("bench", "kernel", out=tmp_path)
+    assert code == 2
+    assert stderr[-1].startswith("million: bench kernel needs a GPU and the compiled kernels: ")
+    assert "CUDA" in stderr[-1]
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ _LIBRARY = torch.library.Library("million", "DEF")
 
 _LIBRARY.define(
     "pq_encode(Tensor x, Tensor centroids, Tensor? rotation, Tensor(a!) codes, Tensor? block_table, "
-    "int start, int page_size, int layout) -> ()"
+    "Tensor(b!)? workspace, int start, int page_size, int layout) -> ()"
 )
 _LIBRARY.define(
     "append(Tensor keys, Tensor values, Tensor lengths, Tensor(a!) key_window, Tensor(b!) value_window, "
@@ -103,11 +103,21 @@ def pq_encode(
         block_table: int32 [B, max_pages] or None.
         start: first position; it and T are multiples of 16.
 
+    Long inputs in subspaces of two dims are searched through grids, in a transient workspace of
+    `heuristics.encode_workspace_bytes` (16.8 MB for 32 heads of 64 subspaces); the codes are the same.
+
     Raises:
         RuntimeError: a shape or dtype that does not fit; the line names it.
     """
     load()
-    torch.ops.million.pq_encode(x, centroids, rotation, codes, block_table, start, page_size, int(layout))
+    workspace = None
+    if x.dim() == centroids.dim() == 4:  # the op names what is wrong with others
+        (B, H, T, _), (Hc, M, _, dsub) = x.shape, centroids.shape
+        size = heuristics.encode_workspace_bytes(B * H * T // max(Hc, 1), Hc * M, dsub)
+        workspace = torch.empty(size, dtype=torch.uint8, device=x.device) if size else None
+    torch.ops.million.pq_encode(
+        x, centroids, rotation, codes, block_table, workspace, start, page_size, int(layout)
+    )
 
 
 def append(

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+GRID_BYTES = 16 + 32 * 32 * 8
+"""Of the grid that a subspace of two dims is searched through; agrees with kernels/encode_grid_shape.h."""
+
+MIN_GRID_POINTS = 2048
+"""Points a subspace from which building its grid takes less time than it saves."""
+
 MIN_FILL = 0.9
 """Share of the multiprocessors that must stay busy for spans to be aligned with heads."""
 
@@ -58,3 +64,13 @@ def lookup_splits(rows: int, multiprocessors: int) -> int:
 def lookup_workspace_bytes(rows: int, head_dim: int, splits: int) -> int:
     """Bytes that a launch of the lookup-table kernel needs; must agree with kernels/binding.cu."""
     return -(-rows * 4 // 256) * 256 + rows * splits * (2 * head_dim + 4) * 4
+
+
+def encode_workspace_bytes(points: int, grids: int, dsub: int) -> int:
+    """Bytes that an encoding of `points` points a subspace needs to search through `grids` = Hc * M grids.
+
+    0 is the scan of all centroids, for few points and for other subspaces than of two dims.
+
+    Example: 32 heads of 64 subspaces, 32K tokens -> 16.8 MB; a page of 64 tokens -> 0.
+    """
+    return grids * GRID_BYTES if dsub == 2 and points >= MIN_GRID_POINTS else 0

@@ -17,6 +17,10 @@ from million_cli.tasks import task_module
 
 def run_bench(config: JobConfig) -> list[Result]:
     """`million bench`."""
+    if config.bench.get("name") == "kernel":
+        from million_cli.pipelines.kernel_bench import run_kernel_bench
+
+        return run_kernel_bench(config)
     session = Session(config)
     return [bench(session, Caches(session))]
 

@@ -1,4 +1,4 @@
-"""`million bench kernel`: decode attention over codes beside torch's dense attention, in one run, as rows.
+"""`million bench kernel`: decode attention over codes beside torch's dense attention, and encoding, as rows.
 
 Each case is captured once in a CUDA graph that goes through several distinct buffers, more than the L2 holds,
 so that every launch reads device memory.  A replay is timed with events; the figures are per launch.
@@ -9,9 +9,8 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from million_cli.errors import UserError
 from million_cli.ops import compiled
 from million_cli.ops.fragment import FragmentLayout
 from million_cli.spec import CodeSpec, WindowSpec
@@ -27,9 +27,11 @@ from million_cli.spec import CodeSpec, WindowSpec
 COLUMNS = (
     "gpu", "impl", "dtype", "batch", "q_heads", "kv_heads", "head_dim", "context", "m_keys", "m_values",
     "layout", "page_size", "median_us", "p90_us", "bytes_read", "tb_per_s", "ratio_to_best_dense", "rel_err",
+    "rotated",
 )  # fmt: skip
 _BUFFER_BYTES = 300 << 20  # distinct bytes a graph goes through, five times an H200's L2
 _MAX_BUFFERS = 16
+_ENCODE_REPLAYS = 5  # milliseconds each
 
 
 @dataclass(frozen=True)
@@ -64,19 +66,98 @@ CASES = (
 LOOKUP_CASES = (CASES[1], CASES[4])
 """Cases that the contiguous lookup-table kernel is measured on too, in both layouts of the values."""
 
+
+@dataclass(frozen=True)
+class EncodeCase:
+    """A prompt of one layer, `kv_heads` and `m` for keys and for values alike."""
+
+    context: int
+    m: int
+    dtype: str = "float16"
+    kv_heads: int = 32
+    head_dim: int = 128
+
+
+ENCODE_CASES = (
+    EncodeCase(32768, 64),
+    EncodeCase(32768, 64, "bfloat16"),
+    EncodeCase(32768, 32),
+    EncodeCase(32768, 32, "bfloat16"),
+)
+"""Prompts whose encoding is timed, keys and values together, with a rotation a head and without."""
+
 WINDOW = WindowSpec(page_size=64, residual=128)
 
 
-def bench(cases: tuple[Case, ...] = CASES, replays: int = 30) -> Iterator[dict[str, Any]]:
-    """Rows of COLUMNS: for each case torch's flash and cuDNN attention, then ours.
+@dataclass
+class Config:
+    """Which of CASES and ENCODE_CASES are measured; an empty list leaves none out.
 
-    A backend that cannot serve a shape gives a row without times.
+    Attributes:
+        dtype: of queries, windows and prompts.
+        batch, context: sequences at once and tokens of each (of decode cases).
+        heads: query and KV heads, e.g. `32/8` (of decode cases).
+        decode: measure decode attention.
+        encode: measure encoding.
+        replays: of each CUDA graph; the median of their times is the figure.
     """
-    device = torch.device("cuda")
+
+    name: str = "kernel"
+    dtype: list[str] = field(default_factory=list)
+    batch: list[int] = field(default_factory=list)
+    context: list[int] = field(default_factory=list)
+    heads: list[str] = field(default_factory=list)
+    decode: bool = True
+    encode: bool = True
+    replays: int = 30
+
+    def __post_init__(self) -> None:
+        if self.replays < 1:
+            raise UserError(f"bench.replays={self.replays}: accepted are integers from 1")
+        for name, of in _FILTERS.items():
+            accepted = list(dict.fromkeys(of(case) for case in CASES))
+            for value in getattr(self, name):
+                if value not in accepted:
+                    raise UserError(
+                        f"bench.{name}={value}: accepted are some of {', '.join(map(str, accepted))}"
+                    )
+        if not self.decode_cases() and not self.encode_cases():
+            raise UserError("bench: no case has all that is asked for; accepted are fewer conditions")
+
+    def decode_cases(self) -> tuple[Case, ...]:
+        """Those of CASES that are asked for."""
+        return tuple(
+            case
+            for case in CASES
+            if self.decode
+            and all(of(case) in (getattr(self, name) or [of(case)]) for name, of in _FILTERS.items())
+        )
+
+    def encode_cases(self) -> tuple[EncodeCase, ...]:
+        """Those of ENCODE_CASES that are asked for."""
+        return tuple(
+            case for case in ENCODE_CASES if self.encode and case.dtype in (self.dtype or [case.dtype])
+        )
+
+
+_FILTERS: dict[str, Callable[[Case], Any]] = {
+    "dtype": lambda case: case.dtype,
+    "batch": lambda case: case.batch,
+    "context": lambda case: case.context,
+    "heads": lambda case: f"{case.q_heads}/{case.kv_heads}",
+}
+
+
+def bench(config: Config, done: Callable[[], Any] = lambda: None) -> Iterator[dict[str, Any]]:
+    """Rows of COLUMNS: for each decode case torch's flash and cuDNN attention, then ours; then encoding.
+
+    A backend that cannot serve a shape gives a row without times.  `done` is called after each case.
+    """
+    device, replays = torch.device("cuda"), config.replays
     gpu = torch.cuda.get_device_name(device)
     dense_cache: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     yield {"gpu": gpu, "impl": "read bandwidth", **_read_bandwidth(device, replays)}
-    for case in cases:
+    for case in config.decode_cases():
         key = (case.batch, case.q_heads, case.kv_heads, case.context, case.head_dim, case.dtype)
         if key not in dense_cache:
             dense_cache[key] = list(_dense_rows(case, device, replays))
@@ -84,14 +165,19 @@ def bench(cases: tuple[Case, ...] = CASES, replays: int = 30) -> Iterator[dict[s
         for row in dense_cache[key]:
             yield _row(gpu, case, "dense", best, **row)
         torch.cuda.empty_cache()
-        yield _row(
-            gpu, case, "fragment", best, page_size=WINDOW.page_size, **_paged_row(case, device, replays)
-        )
+        for measured in _paged_rows(case, device, replays):
+            yield _row(gpu, case, "fragment", best, page_size=WINDOW.page_size, **measured)
         if case in LOOKUP_CASES:
             for layout in (compiled.CodeLayout.ROW, compiled.CodeLayout.TRANSPOSED):
                 measured = _lookup_row(case, layout, device, replays)
                 yield _row(gpu, case, layout.name.lower(), best, page_size=WINDOW.page_size, **measured)
         torch.cuda.empty_cache()
+        done()
+    for prompt in config.encode_cases():
+        for rotated in (False, True):
+            yield {"gpu": gpu, **_encode_row(prompt, rotated, device, min(replays, _ENCODE_REPLAYS))}
+        torch.cuda.empty_cache()
+        done()
 
 
 def _row(gpu: str, case: Case, layout: str, best: float | None, **measured: Any) -> dict[str, Any]:
@@ -180,7 +266,8 @@ def _relative_error(got: Tensor, exact: Tensor) -> float:
     return float(f"{(got.double() - exact).norm() / exact.norm():.2e}")
 
 
-def _paged_row(case: Case, device: torch.device, replays: int) -> dict[str, Any]:
+def _paged_rows(case: Case, device: torch.device, replays: int) -> Iterator[dict[str, Any]]:
+    """Without and with a rotation of keys and of values for each head, over the same buffers."""
     dtype = getattr(torch, case.dtype)
     B, Hkv, D, P, R = case.batch, case.kv_heads, case.head_dim, WINDOW.page_size, WINDOW.residual
     keys = FragmentLayout(CodeSpec(D, case.m_keys, 8), P, "keys")
@@ -193,47 +280,52 @@ def _paged_row(case: Case, device: torch.device, replays: int) -> dict[str, Any]
     lengths = torch.full((B,), case.context, dtype=torch.int32, device=device)
     q = torch.randn(B, case.q_heads, D, dtype=dtype, device=device)
     plan = compiled.DecodePlan.make(B, case.q_heads, Hkv, D, device)
-    launches: list[Callable[[], Tensor]] = []
-    first: dict[str, Tensor] = {}
+    rotations = [_rotations(Hkv, D, device) for _ in range(2)]
+    buffers = []
     for _ in range(_buffers(nbytes)):
         pools = [
             torch.randint(0, 256, (pages, Hkv, *layout.page_shape), dtype=torch.uint8, device=device)
             for layout in (keys, values)
         ]
         windows = [torch.randn(B, Hkv, R, D, dtype=dtype, device=device) for _ in range(2)]
-        block_table = torch.randperm(pages, device=device).int().view(B, -1)
-        first = first or {
-            "k": pools[0],
-            "v": pools[1],
-            "wk": windows[0],
-            "wv": windows[1],
-            "table": block_table,
-        }
-        launches.append(
+        buffers.append((pools, windows, torch.randperm(pages, device=device).int().view(B, -1)))
+    # The error of the first KV head of the first sequence, against float64 over the decoded vectors.
+    group, (pools, windows, block_table) = case.q_heads // Hkv, buffers[0]
+    positions = torch.arange(coded, case.context, device=device) % R
+    for rotated in (False, True):
+        key_rotation, value_rotation = rotations if rotated else (None, None)
+        launches: list[Callable[[], Tensor]] = [
             partial(
                 compiled.paged_decode,
-                q, pools[0], pools[1], block_table, lengths, None, tables[0], tables[1], None, None,
-                windows[0], windows[1], plan, scale=D**-0.5, page_size=P,
+                q, pool[0], pool[1], ids, lengths, None, tables[0], tables[1], key_rotation, value_rotation,
+                window[0], window[1], plan, scale=D**-0.5, page_size=P,
             )
-        )  # fmt: skip
-    times = time_graph(launches, replays)
-    # The error of the first head of the first sequence, against float64 over the decoded vectors.
-    group = case.q_heads // Hkv
-    ids = first["table"][0].long()
-    positions = torch.arange(coded, case.context, device=device) % R
-    dense = []
-    for layout, pool, table, window in ((keys, "k", 0, "wk"), (values, "v", 1, "wv")):
-        codes = layout.unpack(first[pool][ids, 0]).flatten(0, 1)  # [coded, M]
-        centroids = tables[table][0].double().view(256, layout.spec.M, layout.spec.dsub)
-        decoded = centroids[codes.long(), torch.arange(layout.spec.M, device=device)].flatten(1)
-        dense.append(torch.cat([decoded, first[window][0, 0, positions].double()]))
-    exact = F.scaled_dot_product_attention(q[0, :group].double(), dense[0], dense[1])
-    return {
-        "impl": "million paged",
-        "bytes_read": nbytes,
-        "rel_err": _relative_error(launches[0]()[0, :group], exact),
-        **times,
-    }
+            for pool, window, ids in buffers
+        ]  # fmt: skip
+        times = time_graph(launches, replays)
+        dense = []
+        for layout, codes_of, table, rotation, newest in zip(
+            (keys, values), pools, tables, rotations, windows, strict=True
+        ):
+            codes = layout.unpack(codes_of[block_table[0].long(), 0]).flatten(0, 1)  # [coded, M]
+            centroids = table[0].double().view(256, layout.spec.M, layout.spec.dsub)
+            decoded = centroids[codes.long(), torch.arange(layout.spec.M, device=device)].flatten(1)
+            if rotated:
+                decoded = decoded @ rotation[0].double().T
+            dense.append(torch.cat([decoded, newest[0, 0, positions].double()]))
+        exact = F.scaled_dot_product_attention(q[0, :group].double(), dense[0], dense[1])
+        yield {
+            "impl": "million paged",
+            "rotated": rotated,
+            "bytes_read": nbytes,
+            "rel_err": _relative_error(launches[0]()[0, :group], exact),
+            **times,
+        }
+
+
+def _rotations(heads: int, D: int, device: torch.device) -> Tensor:
+    """Random orthogonal matrices [heads, D, D]."""
+    return torch.linalg.qr(torch.randn(heads, D, D, device=device))[0].contiguous()
 
 
 def _lookup_row(
@@ -262,46 +354,54 @@ def _lookup_row(
                 plan, scale=D**-0.5, page_size=P, value_layout=layout,
             )
         )  # fmt: skip
-    return {"impl": "million lookup", "bytes_read": nbytes, **time_graph(launches, replays)}
+    return {
+        "impl": "million lookup",
+        "rotated": False,
+        "bytes_read": nbytes,
+        **time_graph(launches, replays),
+    }
 
 
-def encode_row(device: torch.device, replays: int) -> dict[str, Any]:
-    """Encoding keys and values of a prompt of one layer, 4 bits, with a rotation a head, into pages."""
-    tokens, heads, D, P = 32768, 32, 128, WINDOW.page_size
-    M = D // 2
-    pages = tokens // P
+def _encode_row(case: EncodeCase, rotated: bool, device: torch.device, replays: int) -> dict[str, Any]:
+    """Encoding keys and values of a prompt of one layer into pages."""
+    T, H, D, M, P = case.context, case.kv_heads, case.head_dim, case.m, WINDOW.page_size
+    pages = T // P
     table = torch.randperm(pages, device=device).int().view(1, pages)
-    rotation = torch.linalg.qr(torch.randn(heads, D, D, device=device))[0].contiguous()
-    centroids = torch.randn(heads, M, 256, 2, device=device)
+    rotation = _rotations(H, D, device) if rotated else None
+    centroids = torch.randn(H, M, 256, D // M, device=device)
     sides = []
     for layout in (compiled.CodeLayout.FRAGMENT_KEYS, compiled.CodeLayout.FRAGMENT_VALUES):
-        x = torch.randn(1, tokens, heads, D, device=device).half().transpose(1, 2)
-        sides.append((x, torch.zeros(pages, heads, P * M, dtype=torch.uint8, device=device), layout))
+        x = torch.randn(1, T, H, D, device=device).to(getattr(torch, case.dtype)).transpose(1, 2)
+        sides.append((x, torch.zeros(pages, H, P * M, dtype=torch.uint8, device=device), layout))
 
     def launch() -> None:
         for x, pool, layout in sides:
             compiled.pq_encode(x, centroids, rotation, pool, table, start=0, page_size=P, layout=layout)
 
     return {
-        "impl": "million encode", "dtype": "float16", "batch": 1, "kv_heads": heads, "head_dim": D,
-        "context": tokens, "m_keys": M, "m_values": M, "layout": "fragment", "page_size": P,
+        "impl": "million encode", "dtype": case.dtype, "batch": 1, "kv_heads": H, "head_dim": D, "context": T,
+        "m_keys": M, "m_values": M, "layout": "fragment", "page_size": P, "rotated": rotated,
         "bytes_read": sum(x.nbytes for x, _, _ in sides), **time_graph([launch], replays),
     }  # fmt: skip
 
 
-def write(path: Path, replays: int = 30) -> None:
-    """All rows of `bench` and of the encoding into a CSV, with a short table on stdout."""
-    rows = list(bench(replays=replays))
-    device = torch.device("cuda")
-    rows.append({"gpu": torch.cuda.get_device_name(device), **encode_row(device, 5)})
+def as_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Rows as a table of COLUMNS, counts as integers although some cells are empty."""
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
-    for column in ("batch", "q_heads", "kv_heads", "head_dim", "context", "m_keys", "m_values", "page_size"):
+    for column in ("batch", "q_heads", "kv_heads", "head_dim", "context", "m_keys", "m_values", "page_size",
+                   "bytes_read"):  # fmt: skip
         frame[column] = frame[column].astype("Int64")
-    frame.to_csv(path, index=False)
-    shown = ["impl", "dtype", "batch", "q_heads", "kv_heads", "context", "m_keys", "m_values", "median_us",
-             "tb_per_s", "ratio_to_best_dense", "rel_err"]  # fmt: skip
-    print(frame[shown].to_string(index=False))
+    return frame
+
+
+def short_table(frame: pd.DataFrame) -> str:
+    """The columns that matter, for a terminal."""
+    shown = ["impl", "dtype", "batch", "q_heads", "kv_heads", "context", "m_keys", "m_values", "layout",
+             "rotated", "median_us", "tb_per_s", "ratio_to_best_dense", "rel_err"]  # fmt: skip
+    return frame[shown].to_string(index=False, na_rep="")
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+    table = as_frame(list(bench(Config())))
+    table.to_csv(sys.argv[1], index=False)
+    print(short_table(table))

@@ -31,6 +31,7 @@ class Shape:
     rotations: str | None = None
     first_valid: list[int] | None = None
     scores: str = "normal"  # "equal", "dominant" or "wide" (logits to +-30)
+    spare_pages: int = 3  # of the pools, among those that are used
     seed: int = 0
 
 
@@ -47,7 +48,7 @@ class Case:
         self.value_layout = FragmentLayout(CodeSpec(D, shape.m_values, 8), P, "values")
         self.coded = [shape.window.coded_length(n) for n in shape.lengths]
         width = max(self.coded) // P + 1
-        pages = B * width + 3
+        pages = B * width + shape.spare_pages
         self.block_table = torch.randperm(pages, device=DEVICE)[: B * width].int().view(B, width)
         self.key_pool, self.value_pool = (
             torch.randint(0, 256, (pages, Hkv, *layout.page_shape), dtype=torch.uint8, device=DEVICE)
@@ -85,33 +86,37 @@ class Case:
                 self.q[b] = 3.0 * k[:, k.shape[1] // 3].repeat_interleave(G, 0).float()
         self.q = self.q.to(dtype)
 
-    def dense(self, b: int) -> tuple[Tensor, Tensor]:
-        """Decoded keys and values [Hkv, T, D] of sequence b in float64, padding left out."""
-        shape, D, n = self.shape, self.shape.head_dim, self.shape.lengths[b]
-        coded, P, R = self.coded[b], shape.window.page_size, shape.window.residual
-        start = shape.first_valid[b] if shape.first_valid else 0
-        slots = torch.arange(coded, n, device=DEVICE) % R
+    def decoded(self, b: int, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [Hkv, n, D] in float64 of sequence b's tokens first .. last - 1, whole pages."""
+        shape, D, P = self.shape, self.shape.head_dim, self.shape.window.page_size
+        ids = self.block_table[b, first // P : last // P].long()
         both = []
-        for layout, pool, centroids, rotation, window in (
-            (self.key_layout, self.key_pool, self.key_centroids, self.key_rotation, self.key_window),
-            (
-                self.value_layout,
-                self.value_pool,
-                self.value_centroids,
-                self.value_rotation,
-                self.value_window,
-            ),
+        for layout, pool, centroids, rotation in (
+            (self.key_layout, self.key_pool, self.key_centroids, self.key_rotation),
+            (self.value_layout, self.value_pool, self.value_centroids, self.value_rotation),
         ):
-            ids = self.block_table[b, : coded // P].long()
-            codes = layout.unpack(pool[ids]).transpose(0, 1).flatten(1, 2).long()  # [Hkv, coded, M]
+            codes = layout.unpack(pool[ids]).transpose(0, 1).flatten(1, 2).long()  # [Hkv, n, M]
             table = centroids.double().expand(shape.kv_heads, -1, -1, -1)
             head = torch.arange(shape.kv_heads, device=DEVICE)[:, None, None]
             subspace = torch.arange(layout.spec.M, device=DEVICE)
-            x = table[head, subspace, codes].reshape(shape.kv_heads, coded, D)
+            x = table[head, subspace, codes].reshape(shape.kv_heads, last - first, D)
             if rotation is not None:
                 x = x @ rotation.double().expand(shape.kv_heads, D, D).transpose(1, 2)
-            both.append(torch.cat([x, window[b][:, slots].double()], 1)[:, start:])
+            both.append(x)
         return both[0], both[1]
+
+    def newest(self, b: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [Hkv, n, D] in float64 of the tokens of sequence b that are in the window."""
+        R = self.shape.window.residual
+        slots = torch.arange(self.coded[b], self.shape.lengths[b], device=DEVICE) % R
+        return self.key_window[b][:, slots].double(), self.value_window[b][:, slots].double()
+
+    def dense(self, b: int) -> tuple[Tensor, Tensor]:
+        """Decoded keys and values [Hkv, T, D] of sequence b in float64, padding left out."""
+        start = self.shape.first_valid[b] if self.shape.first_valid else 0
+        both = zip(self.decoded(b, 0, self.coded[b]), self.newest(b), strict=True)
+        keys, values = (torch.cat(parts, 1)[:, start:] for parts in both)
+        return keys, values
 
     def decode(self, plan: compiled.DecodePlan | None = None, out: Tensor | None = None) -> Tensor:
         B, Hq, D = self.q.shape
@@ -128,8 +133,8 @@ class Case:
         squares = torch.zeros(3, dtype=torch.float64, device=DEVICE)
         for b in range(len(self.shape.lengths)):
             k, v = self.dense(b)
-            exact = _attention(self.q[b].double(), k, v, self.scale)
-            torch_own = _attention(self.q[b], k.to(self.q.dtype), v.to(self.q.dtype), self.scale)
+            exact = attention(self.q[b].double(), k, v, self.scale)
+            torch_own = attention(self.q[b], k.to(self.q.dtype), v.to(self.q.dtype), self.scale)
             squares[0] += exact.square().sum()
             squares[1] += (got[b].double() - exact).square().sum()
             squares[2] += (torch_own.double() - exact).square().sum()
@@ -137,7 +142,7 @@ class Case:
         return ours / size, own / size
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """q [Hq, D], k and v [Hkv, T, D] -> [Hq, D]; zeros if there is no token."""
     if k.shape[1] == 0:
         return torch.zeros_like(q)

@@ -1,30 +1,62 @@
-"""Each kernel once on a small case, for compute-sanitizer (scripts/gpu_suite.sh)."""
+"""Each kernel once on small cases, for compute-sanitizer (scripts/gpu_suite.sh)."""
 
 import torch
 from cases import DEVICE, Case, Shape
 from test_lookup import decode
 
-from million_cli.ops import compiled
+from million_cli.ops import compiled, heuristics
+from million_cli.ops.compiled import CodeLayout
+from million_cli.spec import WindowSpec
 
-for q_heads, m_values, head_dim in ((2, 64, 128), (8, 32, 128), (8, 16, 64)):
-    case = Case(
-        Shape([700, 129], q_heads, 2, head_dim, head_dim // 2, m_values, rotations="head", first_valid=[3, 0])
+SHAPES = [
+    Shape([700, 129], 2, 2, 128, 64, 64, rotations="head", first_valid=[3, 0]),
+    Shape([700, 129], 8, 2, 128, 64, 32, rotations="head", first_valid=[3, 0]),
+    Shape([700, 129], 8, 2, 64, 32, 16, rotations="head", first_valid=[3, 0]),
+    Shape([300, 47], 8, 2, 64, 32, 32, WindowSpec(16, 48), torch.bfloat16),
+    Shape([1000, 512], 4, 2, 128, 64, 64, WindowSpec(256, 512), torch.bfloat16, rotations="layer"),
+    Shape([90, 1], 8, 2, tables="layer"),  # nothing is coded
+]
+
+
+def encode(case: Case, grids: bool) -> None:
+    """A page and a half of keys, by the scan or through grids."""
+    shape, P = case.shape, case.shape.window.page_size
+    Hc, M, _, dsub = case.key_centroids.shape
+    workspace = None
+    if grids:
+        size = heuristics.encode_workspace_bytes(1 << 20, Hc * M, dsub)
+        workspace = torch.empty(size, dtype=torch.uint8, device=DEVICE)
+    B, T = len(shape.lengths), P * case.block_table.shape[1] // 32 * 16
+    x = torch.randn(B, shape.kv_heads, T, shape.head_dim, device=DEVICE).to(shape.dtype)
+    torch.ops.million.pq_encode(
+        x, case.key_centroids, case.key_rotation, case.key_pool, case.block_table, workspace,
+        0, P, int(CodeLayout.FRAGMENT_KEYS),
+    )  # fmt: skip
+
+
+def flush(case: Case) -> None:
+    """A step in which every sequence is due for a page."""
+    shape, P, R = case.shape, case.shape.window.page_size, case.shape.window.residual
+    case.lengths.copy_(torch.tensor([max(coded, P) + R - P for coded in case.coded]))
+    k, v = (
+        torch.randn(len(shape.lengths), shape.kv_heads, shape.head_dim, device=DEVICE).to(shape.dtype)
+        for _ in range(2)
     )
-    case.decode()
-    decode(case, compiled.CodeLayout.ROW)
-    decode(case, compiled.CodeLayout.TRANSPOSED)
-    D = head_dim
-    x = torch.randn(2, 2, 128, D, device=DEVICE).half()
-    compiled.pq_encode(
-        x, case.key_centroids, case.key_rotation, case.key_pool, case.block_table,
-        start=0, page_size=64, layout=compiled.CodeLayout.FRAGMENT_KEYS,
-    )  # fmt: skip
-    case.lengths.copy_(torch.tensor([704, 128]))  # both sequences are due for a page
     compiled.append(
-        x[:, :, 0], x[:, :, 1], case.lengths, case.key_window, case.value_window, case.key_pool,
-        case.value_pool,
+        k, v, case.lengths, case.key_window, case.value_window, case.key_pool, case.value_pool,
         case.block_table, case.key_centroids, case.value_centroids, case.key_rotation, case.value_rotation,
-        page_size=64,
+        page_size=P,
     )  # fmt: skip
+
+
+for i, shape in enumerate(SHAPES):
+    case = Case(shape)
+    case.decode()
+    decode(case, CodeLayout.ROW)
+    decode(case, CodeLayout.TRANSPOSED)
+    encode(case, grids=False)
+    if i in (0, 2, 3):  # with and without a rotation, both dtypes
+        encode(case, grids=True)
+    flush(case)
 torch.cuda.synchronize()
 print("done")

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from cases import DEVICE, Case, Shape
+from test_lookup import contiguous_codes
 
-from million_cli.ops import compiled
+from million_cli.ops import compiled, heuristics
 
 
 class Step:
@@ -88,9 +89,21 @@ def test_opcheck() -> None:
         ),
         test_utils=checks,
     )  # fmt: skip
+    plan = compiled.LookupPlan.make(*c.q.shape, DEVICE)
+    for layout in (compiled.CodeLayout.ROW, compiled.CodeLayout.TRANSPOSED):
+        torch.library.opcheck(
+            torch.ops.million.contiguous_decode.default,
+            (
+                c.q, *contiguous_codes(c, layout), c.lengths, None, *step.tables, None, None, c.key_window,
+                c.value_window, plan.workspace, step.out, c.scale, 64, int(layout), plan.splits,
+            ),
+            test_utils=checks,
+        )  # fmt: skip
     x = torch.randn(2, 2, 64, 128, device=DEVICE).half()
-    torch.library.opcheck(
-        torch.ops.million.pq_encode.default,
-        (x, c.key_centroids, None, c.key_pool, c.block_table, 0, 64, 2),
-        test_utils=checks,
-    )
+    size = heuristics.encode_workspace_bytes(1 << 20, 2 * 64, 2)
+    for workspace in (None, torch.zeros(size, dtype=torch.uint8, device=DEVICE)):
+        torch.library.opcheck(
+            torch.ops.million.pq_encode.default,
+            (x, c.key_centroids, None, c.key_pool, c.block_table, workspace, 0, 64, 2),
+            test_utils=checks,
+        )

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import DEVICE, Case, Shape
+from torch import Tensor
 
 from million_cli.ops import compiled
 from million_cli.ops.compiled import CodeLayout
@@ -12,24 +13,29 @@ from million_cli.ops.layouts import TransposedLayout
 ROUNDED = 3
 
 
-def decode(case: Case, layout: CodeLayout) -> torch.Tensor:
-    """The case's pages as contiguous codes, through the kernel."""
-    shape, page = case.shape, case.shape.window.page_size
+def contiguous_codes(case: Case, layout: CodeLayout) -> tuple[Tensor, Tensor]:
+    """The case's pages as contiguous codes of keys (rows) and of values (`layout`)."""
     ids = case.block_table.long()
     keys, values = (
         form.unpack(pool[ids]).transpose(1, 2).flatten(2, 3).contiguous()  # [B, Hkv, capacity, M]
         for form, pool in ((case.key_layout, case.key_pool), (case.value_layout, case.value_pool))
     )
     if layout is CodeLayout.TRANSPOSED:
-        values = (
-            TransposedLayout(case.value_layout.spec, page).pack(values.unflatten(2, (-1, page))).contiguous()
-        )
+        page = case.shape.window.page_size
+        pages = TransposedLayout(case.value_layout.spec, page).pack(values.unflatten(2, (-1, page)))
+        values = pages.contiguous()
+    return keys, values
+
+
+def decode(case: Case, layout: CodeLayout) -> Tensor:
+    """The case's attention by the contiguous kernel."""
+    keys, values = contiguous_codes(case, layout)
     B, Hq, D = case.q.shape
     return compiled.contiguous_decode(
         case.q, keys, values, case.lengths, case.first_valid,
         compiled.code_major(case.key_centroids), compiled.code_major(case.value_centroids),
         case.key_rotation, case.value_rotation, case.key_window, case.value_window,
-        compiled.LookupPlan.make(B, Hq, D, DEVICE), scale=case.scale, page_size=shape.window.page_size,
+        compiled.LookupPlan.make(B, Hq, D, DEVICE), scale=case.scale, page_size=case.shape.window.page_size,
         value_layout=layout,
     )  # fmt: skip
 

@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from million_cli.ops import compiled
 
 WRITTEN = {
-    "pq_encode": {"codes"},
+    "pq_encode": {"codes", "workspace"},
     "append": {"key_window", "value_window", "key_codes", "value_codes"},
     "paged_decode": {"workspace", "out"},
     "contiguous_decode": {"workspace", "out"},
@@ -25,7 +25,7 @@ def test_schema_names_what_is_written(name: str) -> None:
 def test_fake_encode_traces() -> None:
     with FakeTensorMode():
         x, codes = torch.empty(1, 2, 16, 128), torch.empty(1, 2, 16, 64, dtype=torch.uint8)
-        torch.ops.million.pq_encode(x, torch.empty(1, 64, 256, 2), None, codes, None, 0, 16, 0)
+        torch.ops.million.pq_encode(x, torch.empty(1, 64, 256, 2), None, codes, None, None, 0, 16, 0)
 
 
 def test_code_major_puts_centroids_in_rows() -> None:

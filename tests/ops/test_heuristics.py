@@ -1,12 +1,17 @@
 """Launch choices: worked examples, and properties over all shapes."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from million_cli.ops.build import source_folder
 from million_cli.ops.heuristics import (
+    GRID_BYTES,
     MIN_FILL,
     decode_blocks,
+    encode_workspace_bytes,
     head_sets,
     heads_per_block,
     lookup_splits,
@@ -47,3 +52,24 @@ def test_workspace() -> None:
 def test_lookup_table_kernel() -> None:
     assert [lookup_splits(rows, 132) for rows in (1, 32, 264, 1024)] == [264, 8, 1, 1]
     assert lookup_workspace_bytes(32, 128, 8) == 256 + 32 * 8 * 260 * 4
+
+
+@pytest.mark.parametrize(
+    ("points", "grids", "dsub", "expected"),
+    [
+        (32768, 32 * 64, 2, 32 * 64 * (8192 + 16)),
+        (2048, 64, 2, 64 * (8192 + 16)),
+        (2047, 64, 2, 0),
+        (64, 2048, 2, 0),
+        (1 << 20, 2048, 4, 0),
+    ],
+)
+def test_grids_are_built_where_they_pay(points: int, grids: int, dsub: int, expected: int) -> None:
+    assert encode_workspace_bytes(points, grids, dsub) == expected
+
+
+def test_the_grid_is_as_large_as_the_kernels_say() -> None:
+    text = (source_folder() / "encode_grid_shape.h").read_text()
+    side = int(re.search(r"kSide = (\d+)", text)[1])
+    listed = int(re.search(r"kListed = (\d+)", text)[1])
+    assert 16 + side * side * listed == GRID_BYTES

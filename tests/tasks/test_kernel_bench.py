@@ -2,8 +2,9 @@
 
 import pytest
 
+from million_cli.errors import UserError
 from million_cli.tasks import kernel_bench
-from million_cli.tasks.kernel_bench import CASES, COLUMNS, LOOKUP_CASES, Case
+from million_cli.tasks.kernel_bench import CASES, COLUMNS, ENCODE_CASES, LOOKUP_CASES, Case, Config
 
 CASE = Case(1, 32, 8, 4096, m_keys=64, m_values=32)
 
@@ -42,3 +43,48 @@ def test_cases_are_distinct_shapes_of_whole_groups() -> None:
     for case in CASES:
         assert case.q_heads % case.kv_heads == 0
         assert {case.m_keys, case.m_values} <= {case.head_dim // 2, case.head_dim // 4}
+
+
+def test_without_conditions_every_case_is_measured() -> None:
+    assert Config().decode_cases() == CASES
+    assert Config().encode_cases() == ENCODE_CASES
+
+
+def test_conditions_hold_together() -> None:
+    config = Config(dtype=["float16"], heads=["32/8"], batch=[1, 8], context=[32768], encode=False)
+    assert config.encode_cases() == ()
+    found = config.decode_cases()
+    assert {(c.batch, c.m_keys, c.m_values) for c in found} == {(1, 64, 64), (8, 64, 64), (8, 64, 32)}
+    assert all((c.q_heads, c.kv_heads, c.context, c.dtype) == (32, 8, 32768, "float16") for c in found)
+
+
+def test_encoding_alone() -> None:
+    config = Config(decode=False, dtype=["bfloat16"])
+    assert config.decode_cases() == ()
+    assert {(c.m, c.dtype) for c in config.encode_cases()} == {(64, "bfloat16"), (32, "bfloat16")}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"context": [5]}, r"bench\.context=5: accepted are some of 4096, 32768, 131072"),
+        ({"dtype": ["int8"]}, r"bench\.dtype=int8: accepted are some of float16, bfloat16"),
+        ({"decode": False, "encode": False}, r"no case has all"),
+    ],
+)
+def test_what_there_is_no_case_of_is_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Config(**settings)
+
+
+def test_counts_stay_integers_beside_empty_cells() -> None:
+    bandwidth = {"gpu": "a GPU", "impl": "read bandwidth", "bytes_read": 1 << 31, "median_us": 500.0}
+    ours = row("fragment", 30.0, impl="million paged", median_us=12.0, bytes_read=24_000_000, rotated=True)
+    rows = [bandwidth, ours]
+    frame = kernel_bench.as_frame(rows)
+    lines = frame.to_csv(index=False).splitlines()
+    assert lines[0] == ",".join(COLUMNS)
+    assert lines[2].startswith(
+        "a GPU,million paged,float16,1,32,8,128,4096,64,32,fragment,,12.0,,24000000,2.0,2.5"
+    )
+    assert "million paged" in kernel_bench.short_table(frame)
