@@ -80,9 +80,6 @@ struct alignas(16) BlockState {
 template <class T>
 struct DecodeBlock {
   static constexpr int D = T::D, HG = T::HG, kThreads = T::kThreads;
-  static constexpr int kSlices = kThreads / D;  // threads that share a dot product with a rotation
-  static_assert(kSlices < T::WARPS, "a scratch vector a warp: one to be rotated and its parts");
-  static_assert(kSlices >= 1, "a thread a dimension");
 
   const PagedDecodeParams& p;
   BlockState<D, HG, T::WARPS>& state;
@@ -144,45 +141,49 @@ struct DecodeBlock {
   // Loaded queries -> state.q, rotated if the keys are.  Synchronises.
   __device__ void prepare_queries(const Loads& loads, int h, Vectors scratch) {
     const bool rotated = p.key_rotation != nullptr;
-    float* raw = scratch[0];
+    constexpr int kRowThreads = D / 4, kGroups = 32 / kRowThreads;  // of a row, 16 bytes a thread; rows of a warp at once
+    constexpr int kRows = T::WARPS * kGroups, kSteps = (D + kRows - 1) / kRows;
+    const int quad = lane % kRowThreads, first = warp * kGroups + lane / kRowThreads;
+    const float4* rotation = reinterpret_cast<const float4*>(
+        p.key_rotation + (p.key_rotation_heads > 1 ? h : 0) * int64_t(D) * D);
+    float4 r[kSteps];  // rows first, first + kRows, ... of the matrix
+    if (rotated)
+#pragma unroll
+      for (int j = 0; j < kSteps; ++j)
+        if (first + j * kRows < D) r[j] = __ldg(rotation + (first + j * kRows) * kRowThreads + quad);
 #pragma unroll
     for (int hg = 0; hg < HG; ++hg) {
       if (warp != hg % T::WARPS) continue;
 #pragma unroll
       for (int j = 0; j < kWords; ++j) {
         const float2 pair = unpack2(loads.q[hg][j], p.dtype);
-        if (rotated) reinterpret_cast<float2*>(raw)[hg * D / 2 + lane * kWords + j] = pair;
+        if (rotated) reinterpret_cast<float2*>(state.window[hg])[lane * kWords + j] = pair;  // not yet in use
         else reinterpret_cast<__half2*>(state.q[hg])[lane * kWords + j] = __float22half2_rn(pair);
       }
     }
     if (!rotated) return;
-    const float* rotation = p.key_rotation + (p.key_rotation_heads > 1 ? h : 0) * int64_t(D) * D;
-    const int d = threadIdx.x % D, slice = threadIdx.x / D;
-    constexpr int kSteps = (D + kSlices - 1) / kSlices, kAhead = kSteps < 44 ? kSteps : 32;  // loads in flight
-    float sums[HG] = {};
-    for (int first = 0; first < kSteps; first += kAhead) {
-      float r[kAhead];
+    __syncthreads();
 #pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        const int e = slice + (first + j) * kSlices;
-        r[j] = slice < kSlices && e < D ? __ldg(rotation + e * D + d) : 0.f;
+    for (int hg = 0; hg < HG; ++hg) {
+      float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+      for (int j = 0; j < kSteps; ++j) {
+        if (first + j * kRows >= D) break;
+        const float x = state.window[hg][first + j * kRows];
+        sum.x += x * r[j].x, sum.y += x * r[j].y, sum.z += x * r[j].z, sum.w += x * r[j].w;
       }
-      if (first == 0) __syncthreads();
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        const int e = min(slice + (first + j) * kSlices, D - 1);
-#pragma unroll
-        for (int hg = 0; hg < HG; ++hg) sums[hg] += raw[hg * D + e] * r[j];
+      if constexpr (kGroups == 2) {
+        sum.x += __shfl_xor_sync(kFull, sum.x, 16), sum.y += __shfl_xor_sync(kFull, sum.y, 16);
+        sum.z += __shfl_xor_sync(kFull, sum.z, 16), sum.w += __shfl_xor_sync(kFull, sum.w, 16);
       }
+      static_assert(kGroups <= 2, "a row of 64 or 128");
+      if (lane < kRowThreads) reinterpret_cast<float4*>(scratch[warp] + hg * D)[quad] = sum;
     }
-    if (slice < kSlices)
-#pragma unroll
-      for (int hg = 0; hg < HG; ++hg) scratch[1 + slice][hg * D + d] = sums[hg];
     __syncthreads();
     for (int i = threadIdx.x; i < HG * D; i += kThreads) {
       float sum = 0.f;
 #pragma unroll
-      for (int s = 0; s < kSlices; ++s) sum += scratch[1 + s][i];
+      for (int w = 0; w < T::WARPS; ++w) sum += scratch[w][i];
       state.q[i / D][i % D] = __float2half_rn(sum);
     }
   }

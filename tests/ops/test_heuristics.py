@@ -21,11 +21,12 @@ from million_cli.ops.heuristics import (
 
 
 @pytest.mark.parametrize(
-    ("group", "heads", "sets"), [(1, 1, 1), (2, 4, 1), (4, 4, 1), (5, 4, 2), (8, 4, 2), (16, 4, 4)]
+    ("group", "head_dim", "heads", "sets"),
+    [(1, 128, 1, 1), (2, 128, 4, 1), (4, 128, 4, 1), (5, 128, 8, 1), (8, 128, 8, 1), (16, 128, 8, 2), (8, 64, 4, 2)],
 )
-def test_heads(group: int, heads: int, sets: int) -> None:
-    assert heads_per_block(group) == heads
-    assert head_sets(group) == sets
+def test_heads(group: int, head_dim: int, heads: int, sets: int) -> None:
+    assert heads_per_block(group, head_dim) == heads
+    assert head_sets(group, heads) == sets
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,7 @@ def test_blocks_fill_the_device(sets: int, multiprocessors: int) -> None:
 
 
 def test_workspace() -> None:
-    # 32 counters in 256 bytes, 160 partial results of one head: 128 + 128 sums, a maximum and a denominator.
+    # 32 spans in 256 bytes, 160 partial results of one head: 128 + 128 sums, a maximum and a denominator.
     assert workspace_bytes(sets=32, heads=1, head_dim=128, blocks=128) == 256 + 160 * 258 * 4
 
 
