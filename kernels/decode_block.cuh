@@ -146,11 +146,6 @@ struct DecodeBlock {
     const int quad = lane % kRowThreads, first = warp * kGroups + lane / kRowThreads;
     const float4* rotation = reinterpret_cast<const float4*>(
         p.key_rotation + (p.key_rotation_heads > 1 ? h : 0) * int64_t(D) * D);
-    float4 r[kSteps];  // rows first, first + kRows, ... of the matrix
-    if (rotated)
-#pragma unroll
-      for (int j = 0; j < kSteps; ++j)
-        if (first + j * kRows < D) r[j] = __ldg(rotation + (first + j * kRows) * kRowThreads + quad);
 #pragma unroll
     for (int hg = 0; hg < HG; ++hg) {
       if (warp != hg % T::WARPS) continue;
@@ -162,14 +157,19 @@ struct DecodeBlock {
       }
     }
     if (!rotated) return;
+    float4 r[kSteps];  // rows first, first + kRows, ... of the matrix, zeros past its end
+#pragma unroll
+    for (int j = 0; j < kSteps; ++j) {
+      r[j] = __ldg(rotation + min(first + j * kRows, D - 1) * kRowThreads + quad);
+      if (D % kRows && first + j * kRows >= D) r[j] = make_float4(0.f, 0.f, 0.f, 0.f);
+    }
     __syncthreads();
 #pragma unroll
     for (int hg = 0; hg < HG; ++hg) {
       float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
       for (int j = 0; j < kSteps; ++j) {
-        if (first + j * kRows >= D) break;
-        const float x = state.window[hg][first + j * kRows];
+        const float x = state.window[hg][min(first + j * kRows, D - 1)];
         sum.x += x * r[j].x, sum.y += x * r[j].y, sum.z += x * r[j].z, sum.w += x * r[j].w;
       }
       if constexpr (kGroups == 2) {
