@@ -70,7 +70,9 @@ def test_quantizers_have_the_bits_in_their_names(name, bits, head_dim):
         assert (spec.keys.bits_per_element, spec.values.bits_per_element) == (4.0, 2.0)
 
 
-@pytest.mark.parametrize(("group", "name"), [("task", "perplexity"), ("task", "passkey"), ("bench", "speed")])
+@pytest.mark.parametrize(
+    ("group", "name"), [("task", "perplexity"), ("task", "passkey"), ("task", "lm_eval"), ("bench", "speed")]
+)
 def test_the_files_spell_out_the_defaults_of_the_code(group, name):
     settings = getattr(compose([f"{group}={name}"]), group)
     assert set(settings) == set(asdict(task_module(name).Config()))

@@ -14,6 +14,7 @@ TASKS = {
     "passkey": "million_cli.tasks.passkey",
     "speed": "million_cli.tasks.speed",
     "longbench": "million_cli.tasks.longbench",
+    "lm_eval": "million_cli.tasks.lm_eval",
 }
 """Name -> module; modules are imported when they are asked for."""
 
