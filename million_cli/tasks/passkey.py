@@ -10,7 +10,6 @@ Wilson's interval, and `recall_lost` counts what the dense cache answers and the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from million_cli.errors import UserError
+from million_cli.intervals import wilson
 from million_cli.progress import progress
 from million_cli.tasks.base import (
     CacheFactory,
@@ -114,19 +114,6 @@ def measure(
     metrics["recall_lost"] = sum(dense and not ours for ours, dense in answers)
     metrics["recall_gained"] = sum(ours and not dense for ours, dense in answers)
     return TaskResult({**metrics, **memory}, {"passkey": cells})
-
-
-def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a share, 95 % by default (Wilson 1927; Brown, Cai and DasGupta 2001, eq. 4).
-
-    Unlike the normal interval it does not shrink to nothing where all or none succeed.
-    """
-    assert 0 <= successes <= trials > 0, (successes, trials)
-    share, z2 = successes / trials, z * z
-    centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
-    half = z / (1 + z2 / trials) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
-    # At the ends the bound is 0 or 1 exactly; rounding would miss it.
-    return (0.0 if successes == 0 else centre - half, 1.0 if successes == trials else centre + half)
 
 
 def default_lengths(model: PreTrainedModel, new_tokens: int) -> list[int]:

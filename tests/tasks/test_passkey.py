@@ -6,14 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import LlamaConfig
 from transformers.cache_utils import DynamicCache
 
 from million_cli.errors import UserError
 from million_cli.tasks import passkey
-from million_cli.tasks.passkey import Config, completions, measure, wilson
+from million_cli.tasks.passkey import Config, completions, measure
 from million_cli.tasks.recall_text import FACT
 from million_cli.text import Text, synthetic_text
 
@@ -87,19 +85,6 @@ def test_recall_is_counted_by_cell_beside_the_dense_cache(rule, tiny):
     # Both caches saw every batch, and the padding was on the left.
     assert [size for _, size, _ in rule.batches] == [4] * 6
     assert all(last == [1] * 4 for _, _, last in rule.batches)
-
-
-@given(trials=st.integers(1, 5000), data=st.data())
-def test_wilsons_interval_solves_its_equation(trials, data):
-    successes = data.draw(st.integers(0, trials))
-    low, high = wilson(successes, trials)
-    share = successes / trials
-    assert 0 <= low <= share <= high <= 1
-    assert low < high
-    for bound in (low, high):  # |share - p| = z sqrt(p (1 - p) / n)
-        assert (share - bound) ** 2 == pytest.approx(
-            1.959964**2 * bound * (1 - bound) / trials, rel=1e-6, abs=1e-12
-        )
 
 
 def test_the_default_grid_can_tell_one_question_in_a_hundred(tiny):
