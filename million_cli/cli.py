@@ -244,8 +244,8 @@ def report(
 ) -> None:
     """Make one HTML page and PNG files of any result CSVs, under OUT/report.
 
-    Quality against bits, loss by position, recall, task scores, speed, time by stage, codebook errors; each with
-    its table, command and commit.
+    Quality against bits, loss by position, recall, task scores, speed, time by stage, codebook errors; each
+    with its table, command and commit.
 
     Example: million report results/ --codebook outputs/codebooks/mine.safetensors
     """

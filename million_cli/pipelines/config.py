@@ -196,7 +196,8 @@ class ReportConfig:
     Attributes:
         files: CSVs and folders of them; empty is `results.csv` under `out`.
         codebooks: codebook files whose errors are shown.
-        run: of jobs, `latest` or `all`; null is the latest of `out`'s results, and all of files that are named.
+        run: of jobs, `latest` or `all`; null is the latest of `out`'s results, and all of files that are
+            named.
         page: write the page; without it there is the table on the terminal alone.
     """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from million_cli.report.exhibit import Exhibit, Row, by, grid, join, number, origin, slug
+from million_cli.report.exhibit import Column, Exhibit, Row, by, grid, join, number, origin, slug
 from million_cli.report.style import PALETTE, tokens
 
 Stages = dict[str, dict[str, float]]
@@ -28,14 +28,17 @@ def exhibits(rows: Sequence[Row]) -> list[Exhibit]:
             for stage in names
         ]
         lines.append({"stage": "sum", **{series: repr(total) for series, total in totals.items()}})
-        columns = [("stage", "stage", str), *((series, series, number(".3f")) for series in stages)]
+        columns: list[Column] = [
+            ("stage", "stage", str),
+            *((series, series, number(".3f")) for series in stages),
+        ]
         said = join([f"{series} {total:.2f} ms" for series, total in totals.items()])
         found.append(
             Exhibit(
                 section="Time of a decode step by stage",
                 name=slug("breakdown", model, context, batch and f"batch-{batch}"),
                 title=title,
-                words="Mean milliseconds of each stage of one decode step; the stages of a bar add up to the step.",
+                words="Mean milliseconds of each stage of a decode step; the stages of a bar add up to it.",
                 alt=f"Stacked bars of a decode step by stage, {title}: {said}.",
                 paint=lambda figure, stages=stages: paint(figure, stages),  # type: ignore[misc]
                 size=(min(9.0, 4.0 + 1.1 * len(stages)), 4.0),

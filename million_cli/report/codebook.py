@@ -68,8 +68,8 @@ def exhibit(path: Path) -> Exhibit:
         name=slug("codebook", path.stem),
         title=path.name,
         words=(
-            "Mean squared error over variance on the training samples, by layer and KV head; 0 is exact, 1 as bad as "
-            f"the mean. Calibrated on {meta.get('calibration', 'an unnamed text')} ({trained})."
+            "Mean squared error over variance on the training samples, by layer and KV head; 0 is exact, 1 "
+            f"as bad as the mean. Calibrated on {meta.get('calibration', 'an unnamed text')} ({trained})."
         ),
         alt=f"Heat maps of the error of keys and values over {layers} layers and {heads} KV heads: {said}.",
         paint=lambda figure: paint(figure, errors),
@@ -94,7 +94,8 @@ def read_card(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
         card: dict[str, Any] = json.loads(metadata["card"])
-        if not all(line for side in SIDES for line in card["meta"][f"{side}_error"]):
+        errors = [card["meta"][f"{side}_error"] for side in SIDES]
+        if not all(error and all(error) for error in errors):
             raise ValueError("it has no errors")
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a codebook with a readable card: {error}") from error
@@ -105,13 +106,13 @@ def paint(figure: Any, errors: Errors) -> None:
     """Layers downwards, heads across; numbers in the cells where they fit.  Each side has its own scale."""
     for axes, side in zip(figure.subplots(1, 2), SIDES, strict=True):
         values = errors[side]
-        top = max(map(max, values))
-        image = axes.imshow(values, vmin=0, vmax=top or 1, cmap="YlOrRd", aspect="auto")
+        low, high = min(map(min, values)), max(map(max, values))
+        image = axes.imshow(values, vmin=low, vmax=high, cmap="YlOrRd", aspect="auto")
         if len(values[0]) <= 8 and len(values) <= 16:
             for y, line in enumerate(values):
                 for x, value in enumerate(line):
-                    colour = "white" if value > 0.6 * top else "#222222"
-                    axes.text(x, y, f"{value:.3f}", ha="center", va="center", color=colour, fontsize=7)
+                    colour = "white" if value > low + 0.6 * (high - low) else "#222222"
+                    axes.text(x, y, f"{value:.4f}", ha="center", va="center", color=colour, fontsize=7)
         axes.set_xticks(range(0, len(values[0]), max(1, len(values[0]) // 8)))
         axes.set_yticks(range(0, len(values), max(1, len(values) // 12)))
         axes.set_xlabel("KV head")

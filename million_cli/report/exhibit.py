@@ -68,7 +68,10 @@ def number(form: str, factor: float = 1.0, unit: str = "") -> Callable[[str], st
 
     def show(cell: str) -> str:
         value = to_float(cell)
-        return cell if value is None else format(value * factor, form) + unit
+        if value is None:
+            return cell
+        text = format(value * factor, form)
+        return (text.lstrip("-") if float(text) == 0 else text) + unit  # rounding leaves no -0.00
 
     return show
 

@@ -40,13 +40,14 @@ def exhibits(rows: Sequence[Row]) -> list[Exhibit]:
                 name=slug("kernels", device),
                 title=f"Attention kernels alone, {device}",
                 words=(
-                    "Left: one decode step of attention; dashed is the faster of torch's flash and cuDNN kernels in "
-                    "16 bits. Right: how many times faster than it, by case; the line is equal speed."
+                    "Left: one decode step of attention; dashed is the faster of torch's flash and "
+                    "cuDNN kernels in 16 bits. Right: how many times faster than it, by case; the line is equal speed."
                 ),
                 alt=(
                     f"Kernel times against context and speed-up by case on {device}. Largest speed-up "
                     f"{float(best['ratio_to_best_dense']):.2f}: {best['series']}, {best['case']}, "
-                    f"{tokens(float(best['context']))}. Cases: {join(list(dict.fromkeys(r['case'] for r in ours)))}."
+                    f"{tokens(float(best['context']))}. "
+                    f"Cases: {join(list(dict.fromkeys(row['case'] for row in ours)))}."
                 ),
                 paint=lambda figure, cases=cases: paint(figure, cases),  # type: ignore[misc]
                 size=(9.6, max(3.6, 1.0 + 0.27 * len(ours))),
@@ -86,7 +87,7 @@ def paint(figure: Any, rows: Sequence[Row]) -> None:
     shapes = by(rows, "case")
     colours = {name: PALETTE[index % 10] for index, (name,) in enumerate(shapes)}
     for (name,), members in shapes.items():
-        dense = {}
+        dense: dict[float, float] = {}
         for row in members:
             if is_dense(row):
                 context = float(row["context"])

@@ -20,9 +20,9 @@ COLUMNS = (
 )
 ENDS = (
     ("label", "quantizer", str),
-    ("early", "KL e-3, early", str),
-    ("late", "KL e-3, late", str),
-    ("growth", "late / early", number(".2f")),
+    ("early", "KL e-3, 2nd quarter", number("")),
+    ("late", "last quarter", number("")),
+    ("growth", "ratio", number(".2f")),
 )
 
 
@@ -33,15 +33,9 @@ def exhibits(rows: Sequence[Row]) -> list[Exhibit]:
         lines = _lines(members)
         ends = [end for label, line in lines.items() if (end := growth(label, line))]
         where = ", ".join(filter(None, [model, f"text: {text}" if text else ""]))
-        change = [
-            f"{float(end['growth']):.2f} times with {end['label'] or 'codes'}"
-            for end in ends
-            if end["growth"]
-        ]
+        ratios = [f"{float(e['growth']):.2f} with {e['label'] or 'codes'}" for e in ends if e["growth"]]
         answer = (
-            f"From the first quarter of the coded positions to the last, KL goes {join(change)}."
-            if change
-            else ""
+            f"KL of the last quarter of the window over that of the second: {join(ratios)}." if ratios else ""
         )
         found.append(
             Exhibit(
@@ -49,9 +43,9 @@ def exhibits(rows: Sequence[Row]) -> list[Exhibit]:
                 name=slug("positions", model, text),
                 title=where,
                 words=(
-                    "Each window is read from its first token; the position is that of the predicting token. The "
-                    "newest tokens are exact, so the first positions lose nothing. Bars are standard errors over "
-                    f"windows. {answer}"
+                    "Each window is read from its first token; the position is that of the predicting token. "
+                    "The newest tokens are exact, so the first positions lose nothing. Bars are standard "
+                    f"errors over windows. {answer}"
                 ),
                 alt=f"KL and perplexity by position in the window, {where}. {answer}",
                 paint=lambda figure, lines=lines: paint(figure, lines),  # type: ignore[misc]
@@ -74,23 +68,23 @@ def _lines(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def growth(label: str, line: Sequence[Row]) -> Row | None:
-    """KL of the first and the last quarter of the buckets that hold a loss, and their ratio.
+    """KL of the second and the last quarter of the window, and their ratio; None of fewer than four buckets.
 
-    The standard error of a quarter takes its buckets as independent.  None if nothing is lost anywhere.
+    The first quarter is left out: much of it is the exact window.  The standard error of a quarter takes its
+    buckets as independent.
     """
-    coded = [row for row in line if (to_float(row["kl_e3"]) or 0) > 0]
-    if not coded:
+    if len(line) < 4:
         return None
-    quarter = max(1, len(coded) // 4)
-    means = []
-    texts = []
-    for part in (coded[:quarter], coded[-quarter:]):
+    quarter = len(line) // 4
+    means, texts = [], []
+    for part in (line[quarter : 2 * quarter], line[-quarter:]):
         mean = sum(float(row["kl_e3"]) for row in part) / quarter
         errors = [to_float(row.get("kl_se_e3")) for row in part]
         spread = sum(error**2 for error in errors if error is not None) ** 0.5 / quarter
         means.append(mean)
         texts.append(f"{mean:.2f} ± {spread:.2f}" if None not in errors else f"{mean:.2f}")
-    return {"label": label, "early": texts[0], "late": texts[1], "growth": repr(means[1] / means[0])}
+    ratio = repr(means[1] / means[0]) if means[0] > 0 else ""
+    return {"label": label, "early": texts[0], "late": texts[1], "growth": ratio}
 
 
 def paint(figure: Any, lines: dict[str, list[Row]]) -> None:

@@ -49,9 +49,10 @@ def exhibits(rows: Sequence[Row]) -> list[Exhibit]:
                 name=slug("quality", model, text, context),
                 title=f"{where}{window}",
                 words=(
-                    "Bits count everything that grows with the text but the exact window: codes, scales and zero "
-                    "points. KL is the mean divergence of the next-token distribution from the dense cache's. The "
-                    "line joins what nothing else beats at as few bits (the Pareto front); lower is better."
+                    "Bits count everything that grows with the text but the exact window: codes, scales and "
+                    "zero points. KL is the mean divergence of the next-token distribution from the one with "
+                    "the dense cache. The line joins what nothing else beats at as few bits (the Pareto "
+                    "front); lower is better."
                 ),
                 alt=f"Scatter of quality against bits for {len(chosen)} quantizers of {where}. "
                 f"On the Pareto front of KL: {best or 'none'}.",
@@ -96,7 +97,7 @@ def paint(figure: Any, rows: Sequence[Row]) -> None:
         for row in points:
             style = look(coded.index(row))
             (handles[row["label"]],) = axes.plot(
-                float(row["bits"]), float(row[key]), linestyle="", markersize=6.5, alpha=0.9, **style
+                float(row["bits"]), float(row[key]), linestyle="", markersize=6.5, **style
             )
         if key in ("kl_e3", "perplexity_change_percent"):
             line = front(points, key)

@@ -13,19 +13,19 @@ TOTALS = (
     ("label", "cache", str),
     ("bits", "bits", number(".1f")),
     ("recall", "recall %", number(".1f", 100)),
-    ("interval", "95 % interval", str),
-    ("questions", "questions", str),
+    ("interval", "95 % interval", number("")),
+    ("questions", "questions", number(".0f")),
     ("difference", "less than dense, in 100", number("+.1f", 100)),
 )
 CELLS = (
     ("label", "quantizer", str),
-    ("length", "length", str),
+    ("length", "length", number(".0f")),
     ("depth", "depth", number(".2f")),
     ("recall", "recall %", number(".1f", 100)),
     ("recall_low", "from", number(".1f", 100)),
     ("recall_high", "to", number(".1f", 100)),
     ("recall_dense", "dense %", number(".1f", 100)),
-    ("recall_n", "questions", str),
+    ("recall_n", "questions", number(".0f")),
 )
 Map = dict[tuple[int, float], float]
 """(length, depth) -> share of questions answered."""
@@ -51,8 +51,8 @@ def exhibits(rows: Sequence[Row]) -> list[Exhibit]:
                 name=slug("recall", model, text, facts and f"{facts}-facts"),
                 title=where,
                 words=(
-                    "Facts stand in a natural text; one is asked for at its end. Depth 0 is the start of the text, "
-                    "1 its end. A cell is the share of questions answered; intervals are Wilson's."
+                    "Facts stand in a natural text; one is asked for at its end. Depth 0 is the start of the "
+                    "text, 1 its end. A cell is the share of questions answered; intervals are Wilson's."
                 ),
                 alt=f"Heat maps of recall by depth and length, {where}: {said}.",
                 paint=lambda figure, maps=maps: paint(figure, maps),  # type: ignore[misc]
@@ -117,11 +117,11 @@ def paint(figure: Any, maps: dict[str, Map]) -> None:
         axes.set_axis_off()
     for axes, (title, cells) in zip(grid_of_axes.flat, maps.items(), strict=False):
         values = [[cells.get((length, depth), float("nan")) for length in lengths] for depth in depths]
-        image = axes.imshow(values, vmin=0, vmax=1, cmap="YlGnBu", aspect="auto")
+        image = axes.imshow(values, vmin=0, vmax=1, cmap="YlOrRd_r", aspect="auto")
         for y, line in enumerate(values):
             for x, value in enumerate(line):
                 if value == value:
-                    colour = "white" if value > 0.55 else "#222222"
+                    colour = "white" if value < 0.4 else "#222222"
                     size = 8 if len(lengths) <= 5 else 6.5
                     axes.text(
                         x, y, f"{100 * value:.0f}", ha="center", va="center", color=colour, fontsize=size

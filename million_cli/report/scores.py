@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from million_cli.report.exhibit import Exhibit, Row, by, grid, join, number, origin, slug, to_float
+from million_cli.report.exhibit import Column, Exhibit, Row, by, grid, join, number, origin, slug, to_float
 from million_cli.report.style import DENSE, PALETTE
 
 Score = number(".2f")
+AVERAGES = (
+    ("label", "quantizer", str),
+    ("bits", "bits", number(".1f")),
+    ("score", "average", Score),
+    ("dense", "dense", Score),
+)
 
 
 def exhibits(rows: Sequence[Row]) -> list[Exhibit]:
@@ -23,7 +29,7 @@ def exhibits(rows: Sequence[Row]) -> list[Exhibit]:
         ]
         said = join([f"{row['label'] or 'the cache'} {float(row['score']):.2f}" for row in averages])
         dense = float(averages[0]["dense"])
-        columns = [
+        columns: list[Column] = [
             ("task", "task", str),
             ("dense", "dense", Score),
             *((label, label, Score) for label in labels),
@@ -37,26 +43,17 @@ def exhibits(rows: Sequence[Row]) -> list[Exhibit]:
                 section="Scores of tasks",
                 name=slug(suite, model),
                 title=f"{suite}, {model}",
-                words=f"The mean over tasks, as {suite} defines each score; the dashed line is the dense cache.",
+                words=f"The mean over tasks, as {suite} defines each score; dashed is the dense cache.",
                 alt=f"Bars of the average score of {suite} on {model}: dense {dense:.2f}, {said}.",
                 paint=lambda figure, averages=averages: paint(figure, averages),  # type: ignore[misc]
-                size=(7.0, 1.1 + 0.34 * len(labels)),
-                table=grid(averages, _averages(averages)),
+                size=(7.0, 1.4 + 0.34 * len(labels)),
+                table=grid(averages, AVERAGES),
                 data=members,
                 origin=origin(members),
                 details=grid(lines, columns) if len(tasks) > 1 else None,
             )
         )
     return found
-
-
-def _averages(rows: Sequence[Row]) -> list[Any]:
-    return [
-        ("label", "quantizer", str),
-        ("bits", "bits", number(".1f")),
-        ("score", "average", Score),
-        ("dense", "dense", Score),
-    ]
 
 
 def average(label: str, rows: Sequence[Row]) -> Row:
@@ -71,12 +68,13 @@ def average(label: str, rows: Sequence[Row]) -> Row:
 def paint(figure: Any, rows: Sequence[Row]) -> None:
     """Horizontal bars with their values."""
     axes = figure.add_subplot()
-    names = [row["label"] or "cache" for row in rows]
-    scores = [float(row["score"]) for row in rows]
-    bars = axes.barh(names, scores, color=PALETTE[0], height=0.62)
+    dense = float(rows[0]["dense"])
+    names = ["dense", *(row["label"] or "cache" for row in rows)]
+    scores = [dense, *(float(row["score"]) for row in rows)]
+    bars = axes.barh(names, scores, color=["#8a9399", *[PALETTE[0]] * len(rows)], height=0.62)
     axes.bar_label(bars, fmt="%.2f", padding=3)
-    axes.axvline(float(rows[0]["dense"]), **DENSE)
+    axes.axvline(dense, **DENSE)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.15 * max(*scores, float(rows[0]["dense"]), 1e-9))
+    axes.set_xlim(0, 1.15 * max(*scores, 1e-9))
     axes.set_xlabel("average score")
     axes.grid(axis="y", visible=False)

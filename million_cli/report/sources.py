@@ -1,8 +1,8 @@
 """Which CSVs a report understands, and what their rows say in common terms.
 
-A CSV is known by its columns, whatever its name; columns that are not asked for do no harm.  Whatever a row says
-of its origin (command, commit, device, versions) goes with it; a file without such columns may have a record
-beside it (`suite.json`, as the GPU suite writes it).
+A CSV is known by its columns, whatever its name; columns that are not asked for do no harm.  Whatever a row
+says of its origin (command, commit, device, versions) goes with it; a file without such columns may have a
+record beside it (`suite.json`, as the GPU suite writes it).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from million_cli.errors import UserError
-from million_cli.report.exhibit import Row, by, to_float
+from million_cli.report.exhibit import Row, by
 
 logger = logging.getLogger("million")
 
@@ -83,6 +83,14 @@ def read(paths: Sequence[Path], run: str) -> Data:
     return data
 
 
+def of_jobs(path: Path, rows: Sequence[Mapping[str, str]]) -> Data:
+    """What rows of the jobs' CSV at `path` say."""
+    data = Data()
+    _jobs(data, path, [{**row, "source": str(path)} for row in rows])
+    label(data.quality)
+    return data
+
+
 def read_csv(path: Path) -> tuple[list[str], list[Row]]:
     """Columns and rows, every cell as text.
 
@@ -120,14 +128,23 @@ def recognise(path: Path, columns: Sequence[str]) -> Kind:
 
 
 def label(rows: list[Row]) -> None:
-    """Give each row a `label`: its quantizer, and in what it differs from the most usual row of that quantizer."""
-    for members in by(rows, "quantizer").values():
+    """Give each row a `label`: its quantizer, and how it differs from that one's usual row in its file.
+
+    Where files name the same thing alike, the file's name is added.
+    """
+    for members in by(rows, "source", "quantizer").values():
         settings = list(dict.fromkeys(key for row in members for key in row if key.startswith("set.")))
         cells = {key: [row.get(key, "") for row in members] for key in ("cache", *settings)}
         usual = {key: max(dict.fromkeys(column), key=column.count) for key, column in cells.items()}
         for row in members:
             special = [_setting(key, row.get(key, "")) for key in usual if row.get(key, "") != usual[key]]
-            row["label"] = ", ".join(filter(None, [row.get("quantizer", ""), *special])) or row.get("cache", "")
+            row["label"] = ", ".join(filter(None, [row.get("quantizer", ""), *special])) or row.get(
+                "cache", ""
+            )
+    for members in by(rows, "model", "text", "suite", "facts", "label").values():
+        files = {row["source"] for row in members}
+        for row in members if len(files) > 1 else []:
+            row["label"] += f" ({Path(row['source']).parent.name}/{Path(row['source']).name})"
 
 
 def _setting(key: str, value: str) -> str:
@@ -209,7 +226,8 @@ def _jobs(data: Data, path: Path, rows: list[Row]) -> None:
                 continue
             table = _place(path, row, row[key])
             if table.is_file():
-                take(data, table, [{**terms, **cells} for cells in read_csv(table)[1]])
+                shape = {name: row.get(name, "") for name in ("context", "batch")}
+                take(data, table, [{**terms, **shape, **cells} for cells in read_csv(table)[1]])
             else:
                 gone += 1
     if gone:
@@ -305,7 +323,8 @@ def _scores(suite: str) -> Callable[[Data, Path, list[Row]], None]:
     def take(data: Data, path: Path, rows: list[Row]) -> None:
         for row in rows:
             parts = (row["task"], row.get("metric", "") if suite == "lm_eval" else "", row.get("filter", ""))
-            name = " ".join(part for part in parts if part not in ("", "none"))
+            own = row["task"] if row.get("suite") else None  # a report's own CSV
+            name = own or " ".join(part for part in parts if part not in ("", "none"))
             data.scores.append(
                 {**_terms(path, row), "suite": row.get("suite") or SUITES[suite], "task": name}
             )
@@ -314,7 +333,7 @@ def _scores(suite: str) -> Callable[[Data, Path, list[Row]], None]:
 
 
 def _breakdown(data: Data, path: Path, rows: list[Row]) -> None:
-    """A row a stage and series: from columns `<series>_ms`, or from `ms` and a column that names the series."""
+    """A row a stage and series: from columns `<series>_ms`, or from `ms` and a column naming the series."""
     for row in rows:
         terms = _terms(path, row)
         if row.get("ms"):
@@ -337,7 +356,7 @@ KINDS = (
     Kind("jobs", frozenset({"run", "verb", "status"}), _jobs),
     Kind("recall by cell", frozenset({"length", "depth", "recall"}), _into("recall")),
     Kind("quality by position", frozenset({"first", "last", "kl_e3"}), _into("positions")),
-    Kind("accuracy", frozenset({"quantizer", "bits_nominal", "kl_e3"}), _accuracy),
+    Kind("accuracy", frozenset({"quantizer", "kl_e3"}), _accuracy),
     Kind("kernel times", frozenset({"impl", "context", "median_us"}), _into("kernels")),
     Kind("decode times", frozenset({"impl", "context", "tpot_ms"}), _into("speed")),
     Kind("stage times", frozenset({"stage"}), _breakdown),

@@ -52,8 +52,8 @@ def exhibits(rows: Sequence[Row]) -> list[Exhibit]:
                 name=slug("speed", model, batch and f"batch-{batch}"),
                 title=title,
                 words=(
-                    "Time for each output token (median), with the prompt already read. Compare within one run only: "
-                    "times depend on the machine."
+                    "Time for each output token (median), with the prompt already read. Compare within one "
+                    "run only: times depend on the machine."
                 ),
                 alt=f"Time a token against context, {title}. At {tokens(longest)}: {join(said)}.",
                 paint=lambda figure, lines=lines, several=several: (  # type: ignore[misc]

@@ -31,7 +31,7 @@ MARKERS = "osD^vPX*<>"
 DENSE = {"color": "#222222", "linestyle": "--", "linewidth": 1.2}
 INK = "#222222"
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "font.family": "DejaVu Sans",
     "text.color": INK,
@@ -61,8 +61,10 @@ def available() -> bool:
 
 
 def look(index: int) -> dict[str, Any]:
-    """Colour and marker of the index-th series; a hundred of them are distinct."""
-    return {"color": PALETTE[index % 10], "marker": MARKERS[(index + index // 10) % 10]}
+    """Colour and marker of the index-th series, distinct up to a hundred, and seen through one another."""
+    colour = PALETTE[index % 10]
+    marker = MARKERS[(index + index // 10) % 10]
+    return {"color": colour, "marker": marker, "markerfacecolor": f"{colour}77", "markeredgewidth": 1.3}
 
 
 def draw(painter: Callable[[Any], None], width: float, height: float) -> Any:

@@ -4,8 +4,8 @@ Prompts are answered in batches, greedily, through `model.generate`.  The prompt
 with quantized prefill: the question sees the text as codes, as it does when it comes after the text was read.
 (With exact prefill the first word of the answer, all that is judged, would not touch a code.)
 
-A recall within one in a hundred of the dense cache's takes questions enough to tell: the cells and the totals carry
-Wilson's interval, and `recall_lost` counts what the dense cache answers and the cache under test does not.
+A recall within one in a hundred of the dense cache's takes questions enough to tell: the cells and the totals
+carry Wilson's interval, and `recall_lost` counts what the dense cache answers and the other one does not.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def measure(
 
     Returns:
         recall and recall_dense (shares of all prompts), recall_low and recall_high (95 % interval of recall),
-        recall_lost and recall_gained (prompts that only the dense cache, or only the cache, answers), recall_n,
-        the bytes of `memory_metrics` after the last batch; the table `passkey` has a row a cell.
+        recall_lost and recall_gained (prompts that only the dense cache, or only the cache, answers),
+        recall_n, the bytes of `memory_metrics` after the last batch; the table `passkey` has a row a cell.
 
     Raises:
         UserError: a length that the model does not take, or too short for its facts.

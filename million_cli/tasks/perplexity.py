@@ -103,8 +103,9 @@ class Comparison:
         return {**means, "top1_agreement": self.agree / kl.numel(), "tokens": kl.numel()}
 
     def positions(self, buckets: int) -> list[dict[str, Scalar]]:
-        """The same by position in the window: a row a bucket, `first` to `last` (counted from 0, of the token
-        that predicts), `tokens` in it over all windows.  Of at most `buckets` equal ones the last may be shorter.
+        """The same by position in the window: a row a bucket, at most `buckets` of equal width.
+
+        `first` to `last` count from 0 the tokens that predict; `tokens` are those in it over all windows.
         """
         stacked = self._stacked()
         length = stacked[0].shape[1]

@@ -1,7 +1,7 @@
 """lm-evaluation-harness through its own API: its tasks, prompts, stop sequences, filters and metrics.
 
-Only tasks that generate (`output_type: generate_until`) are accepted: the others score given continuations in one
-forward pass without a cache, which quantization of a cache cannot touch.
+Only tasks that generate (`output_type: generate_until`) are accepted: the others score given continuations in
+one forward pass without a cache, which quantization of a cache cannot touch.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Config:
         path: a folder of task definitions (YAML) of your own, beside the harness's.
         limit: the first so many documents of each task; null is all.
         num_fewshot: examples in each prompt; null is the task's own number.
-        batch: prompts at once, padded on the left.  With codes, padding is coded like text, so batches are not
-            exactly the same as prompts one at a time.
+        batch: prompts at once, padded on the left.  With codes, padding is coded like text, so batches are
+            not exactly the same as prompts one at a time.
         max_length: tokens of a prompt and its answer; null is the model's context.  Longer prompts lose their
             beginning, as the harness does it.
         prefill: `quantized` or `exact`.
@@ -84,7 +84,7 @@ class Material:
 
 
 def load(config: Config) -> Material:
-    """The tasks that `config` names, with their documents (from the hub, unless a task's YAML says otherwise).
+    """The tasks that `config` names, with their documents (of the hub, unless a task's YAML says otherwise).
 
     Raises:
         UserError: the extra `lm-eval` is missing; no task, an unknown one or one that does not generate; a
@@ -108,8 +108,9 @@ def load(config: Config) -> Material:
         tasks = manager.load(list(config.tasks))["tasks"]
     except Exception as error:  # whatever a loader of datasets may raise
         reason = (str(error).splitlines() or [""])[0]
+        names = ", ".join(config.tasks)
         raise UserError(
-            f"task.tasks={', '.join(config.tasks)}: the documents cannot be had: {type(error).__name__}: {reason}"
+            f"task.tasks={names}: the documents cannot be had: {type(error).__name__}: {reason}"
         ) from error
     asked, new_tokens = hashlib.sha256(), 1
     for name, task in tasks.items():
@@ -144,9 +145,9 @@ def measure(
         material: from `load`.
 
     Returns:
-        lm_eval_<task>_<metric>[_<filter>], as the harness defines it; lm_eval_average (mean over tasks of each
-        one's first metric); each also with `_dense`; the bytes of `memory_metrics` for the longest prompt.  The
-        table `lm_eval` has a row a task, metric and filter, `lm_eval_samples` a row an answer.
+        lm_eval_<task>_<metric>[_<filter>], as the harness defines it; lm_eval_average (mean over tasks of
+        each one's first metric); each also with `_dense`; the bytes of `memory_metrics` for the longest
+        prompt.  The table `lm_eval` has a row a task, metric and filter, `lm_eval_samples` a row an answer.
 
     Raises:
         UserError: max_length is more than the model takes or too short for the answers, or no chat template.
@@ -159,7 +160,8 @@ def measure(
     check_context("task.max_length", max_length, model)
     if material.new_tokens >= max_length:
         raise UserError(
-            f"task.max_length={max_length}: an answer takes up to {material.new_tokens} tokens; accepted is more"
+            f"task.max_length={max_length}: an answer takes up to {material.new_tokens} tokens; "
+            "accepted is more"
         )
     if config.chat and not getattr(tokenizer, "chat_template", None):
         raise UserError("task.chat=true: the model's tokenizer has no chat template")
