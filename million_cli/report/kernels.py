@@ -40,8 +40,8 @@ def exhibits(rows: Sequence[Row]) -> list[Exhibit]:
                 name=slug("kernels", device),
                 title=f"Attention kernels alone, {device}",
                 words=(
-                    "Left: one decode step of attention; dashed is the faster of torch's flash and "
-                    "cuDNN kernels in 16 bits. Right: how many times faster than it, by case; the line is equal speed."
+                    "Left: one decode step of attention; dashed is the best of torch's kernels in 16 bits. "
+                    "Right: how many times faster than it, by case; the line is equal speed."
                 ),
                 alt=(
                     f"Kernel times against context and speed-up by case on {device}. Largest speed-up "

@@ -64,7 +64,7 @@ def look(index: int) -> dict[str, Any]:
     """Colour and marker of the index-th series, distinct up to a hundred, and seen through one another."""
     colour = PALETTE[index % 10]
     marker = MARKERS[(index + index // 10) % 10]
-    return {"color": colour, "marker": marker, "markerfacecolor": f"{colour}77", "markeredgewidth": 1.3}
+    return {"color": colour, "marker": marker, "markerfacecolor": f"{colour}99", "markeredgecolor": colour}
 
 
 def draw(painter: Callable[[Any], None], width: float, height: float) -> Any:

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 import million_cli
+from million_cli.hydra_app import compose
 from million_cli.integration.models import random_model
+from million_cli.pipelines.report import report
 from million_cli.pipelines.session import byte_tokenizer
 from million_cli.results import write_rows
 from million_cli.text import synthetic_text
@@ -164,6 +166,16 @@ def codebook(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model, byte_tokenizer(), synthetic_text(1, 1500), M=8, nbits=4, samples=256, context_tokens=128
     ).save(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def page(codebook: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of all that (its figures take seconds: the tests share it)."""
+    root = tmp_path_factory.mktemp("page")
+    write_all(root / "results")
+    files = [f"report.files=[{root}/results]", f"report.codebooks=[{codebook}]"]
+    report(compose([*files, f"out={root}/out"]))
+    return root / "out" / "report" / "index.html"
 
 
 @pytest.fixture

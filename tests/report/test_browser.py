@@ -12,9 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from million_cli.hydra_app import compose
-from million_cli.pipelines.report import report
-
 PROBE = """
 <script>
 addEventListener("load", () => {
@@ -46,12 +43,6 @@ def chromium(tmp_path_factory):
         return result.stdout
 
     return run
-
-
-@pytest.fixture
-def page(folder, codebook, tmp_path):
-    report(compose([f"report.files=[{folder}]", f"report.codebooks=[{codebook}]", f"out={tmp_path}/out"]))
-    return tmp_path / "out" / "report" / "index.html"
 
 
 @pytest.mark.parametrize("width", [1280, 700])

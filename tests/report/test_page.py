@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import base64
 from html.parser import HTMLParser
-from pathlib import Path
-
-import pytest
 
 from million_cli.hydra_app import compose
 from million_cli.pipelines.report import exhibits, report
@@ -41,14 +38,6 @@ class Page(HTMLParser):
 
     def all(self, tag):
         return [attributes for name, attributes in self.elements if name == tag]
-
-
-@pytest.fixture
-def page(folder, codebook, tmp_path, capsys) -> Path:
-    config = compose([f"report.files=[{folder}]", f"report.codebooks=[{codebook}]", f"out={tmp_path}/out"])
-    report(config)
-    capsys.readouterr()
-    return tmp_path / "out" / "report" / "index.html"
 
 
 def test_every_figure_has_its_words_table_and_origin(page):
