@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
-EXTRAS := cpu,plots,sweep,longbench,dev
+EXTRAS := cpu,plots,sweep,longbench,lm-eval,dev
 
 ifeq ($(VENV),none)
   PY    := PYTHONPATH=$(CURDIR) $(PYTHON)

@@ -231,22 +231,35 @@ def generate(
     pipeline(config, sys.stdin.read() if prompt == "-" else prompt, tokens)
 
 
-@app.command(context_settings=PASS_ON, epilog="Overrides: report.run=all, report.plot=false, out=FOLDER.")
+@app.command(context_settings=PASS_ON, epilog="Overrides: report.run=all, report.page=false, out=FOLDER.")
 def report(
     ctx: typer.Context,
-    csv: Annotated[
-        Path | None, typer.Option("--csv", help="A results CSV (default: the one under --out).")
+    files: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="CSVs, or folders of them (default: the latest run under --out).", metavar="[CSV]..."
+        ),
+    ] = None,
+    codebook: Annotated[
+        list[str] | None, typer.Option("--codebook", help="A codebook, to show its errors (repeatable).")
     ] = None,
     out: Out = None,
 ) -> None:
-    """Show the latest run (report.run=all: every run) as a table and a plot.
+    """Make one HTML page and PNG files of any result CSVs, under OUT/report.
 
-    Example: million report --csv results/demo.csv report.run=all
+    Quality against bits, loss by position, recall, task scores, speed, time by stage, codebook errors; each
+    with its table, command and commit.
+
+    Example: million report results/ --codebook outputs/codebooks/mine.safetensors
     """
     from million_cli.hydra_app import compose
     from million_cli.pipelines.report import report as pipeline
 
-    pipeline(compose(_arguments(ctx)))
+    overrides = [word for word in files or [] if "=" in word and not Path(word).exists()]
+    config = compose([*([f"out={quote(out)}"] if out else []), *overrides, *ctx.args])
+    config.report.files = [word for word in files or [] if word not in overrides]
+    config.report.codebooks = codebook or []
+    pipeline(config)
 
 
 @app.command()
@@ -321,8 +334,6 @@ def _arguments(ctx: typer.Context, text: str = "task") -> list[str]:
                 overrides.append("bench.breakdown=true")
             case "strict":
                 overrides.append("strict=true")
-            case "csv":
-                overrides.append(f"report.csv={quote(str(value))}")
             case "out" | "codebook" | "device":
                 overrides.append(f"{name}={quote(value)}")
             case "seed":

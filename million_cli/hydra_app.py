@@ -160,7 +160,27 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         raise UserError(
             f"unexpected argument {stray[0]!r}; accepted are options and overrides such as seed=1"
         )
-    return flags, overrides
+    return flags, [part for override in overrides for part in harness_task(override)]
+
+
+def harness_task(override: str) -> list[str]:
+    """`task=lm_eval/<name>` (also several, and `+task@also.x=`) as overrides; any other one as it is.
+
+    The harness has thousands of tasks, which have no files of their own under `conf/task`.
+
+    Example: "task=lm_eval/gsm8k" -> ["task=lm_eval", "task.tasks=['gsm8k']"].
+
+    Raises:
+        UserError: tasks of the harness and others in one sweep.
+    """
+    match = re.fullmatch(r"(\+?task(?:@([\w.]+))?)=(.*lm_eval/.*)", override)
+    if match is None:
+        return [override]
+    choice, node, values = match.groups()
+    names = [value.partition("lm_eval/")[2] for value in values.split(",")]
+    if not all(names):
+        raise UserError(f"{override}: a sweep has either tasks of the harness (lm_eval/<name>) or others")
+    return [f"{choice}=lm_eval", f"{node or 'task'}.tasks={','.join(f'[{name!r}]' for name in names)}"]
 
 
 def _job(verb: str, run_id: str, command: str, config: DictConfig) -> None:

@@ -157,7 +157,7 @@ def test_sample_then_train_then_generate(million, shared_out):
 
 def test_report_shows_what_was_measured(million):
     assert million("eval", *SMALL, *SHORT, "cache=dense")[0] == 0
-    code, stdout, _ = million("report", "report.plot=false")
+    code, stdout, _ = million("report", "report.page=false")
     assert code == 0
     assert "dense" in stdout
 
@@ -199,7 +199,8 @@ BAD = [
     (["bench", "nonsense"], "unexpected argument 'nonsense'"),
     (["generate", "", *SMALL], "the prompt is empty"),
     (["generate", "word", *SMALL, "--tokens", "3000"], "4 + 3000; accepted are 2048"),
-    (["report", "--csv", "/no/results.csv"], "no results at /no/results.csv"),
+    (["report", "/no/results.csv"], "no results at /no/results.csv"),
+    (["report", "--codebook", "/no/book"], "no such codebook: /no/book"),
     (["report", "report.run=some"], "report.run=some: accepted are latest, all"),
     (["eval", "seed=[1"], "no viable alternative at input '[1'"),
     (["kernels", "build", "--arch", "7"], "arch=7: accepted are 80"),

@@ -71,7 +71,14 @@ def test_quantizers_have_the_bits_in_their_names(name, bits, head_dim):
 
 
 @pytest.mark.parametrize(
-    ("group", "name"), [("task", "perplexity"), ("task", "passkey"), ("bench", "speed"), ("bench", "kernel")]
+    ("group", "name"),
+    [
+        ("task", "perplexity"),
+        ("task", "passkey"),
+        ("task", "lm_eval"),
+        ("bench", "speed"),
+        ("bench", "kernel"),
+    ],
 )
 def test_the_files_spell_out_the_defaults_of_the_code(group, name):
     settings = getattr(compose([f"{group}={name}"]), group)

@@ -37,6 +37,7 @@ def test_wheel_holds_configs_kernels_and_the_reference_model(wheel: Path) -> Non
         assert {f"million_cli/{path}" for path in tracked} <= names
     assert "million_cli/conf/config.yaml" in names
     assert "million_cli/assets/reference-model/model.safetensors" in names
+    assert "million_cli/report/page.html" in names
     assert not any(name.startswith(("tests/", "scripts/", "results/")) for name in names)
     assert "million_cli/kernels/__init__.py" not in names  # transformers probes for a package of that name
 

@@ -194,14 +194,17 @@ class ReportConfig:
     """What `million report` shows.
 
     Attributes:
-        csv: a results CSV; null is `results.csv` under `out`.
-        run: `latest` or `all`.
-        plot: draw the plot beside the CSV.
+        files: CSVs and folders of them; empty is `results.csv` under `out`.
+        codebooks: codebook files whose errors are shown.
+        run: of jobs, `latest` or `all`; null is the latest of `out`'s results, and all of files that are
+            named.
+        page: write the page; without it there is the table on the terminal alone.
     """
 
-    csv: str | None = None
-    run: str = "latest"
-    plot: bool = True
+    files: list[str] = field(default_factory=list)
+    codebooks: list[str] = field(default_factory=list)
+    run: str | None = None
+    page: bool = True
 
 
 @dataclass

@@ -16,6 +16,7 @@ from million_cli.journal import Journal, Journals
 from million_cli.pipelines import Result
 from million_cli.pipelines.caches import Caches
 from million_cli.pipelines.config import JobConfig, typed
+from million_cli.pipelines.plots import plot_table
 from million_cli.pipelines.session import Session
 from million_cli.pipelines.stages import code_digest, locked, stage_key
 from million_cli.pipelines.train_codebook import codebook_metrics
@@ -135,13 +136,15 @@ def _measured(session: Session, caches: Caches, task: Any, text: Any) -> dict[st
             same = config.quantizer.kind == "dense"
             resume["journals"] = _journals(path, dense if same else cache, dense, fresh=not config.reuse)
         result = module.measure(session.model, session.tokenizer, caches, text, task, config.seed, **resume)
-        tables = {
-            name: write_table(path.with_name(f"{path.stem}-{name}.csv"), rows)
-            for name, rows in result.tables.items()
-        }
+        files: dict[str, str] = {}
+        for name, rows in result.tables.items():
+            place = path.with_name(f"{path.stem}-{name}.csv")
+            files[f"{name}_table"] = write_table(place, rows)
+            if plot := plot_table(name, rows, place.with_suffix(".png"), config.quantizer.name):
+                files[f"{name}_plot"] = str(plot)
         found = {
             "measured": now(),
-            "metrics": {**result.metrics, **{f"{name}_table": file for name, file in tables.items()}},
+            "metrics": {**result.metrics, **files},
             "fallbacks": caches.fallbacks,
         }
         write_text(path, json.dumps(found, indent=1) + "\n")

@@ -1,14 +1,34 @@
-"""Reports: rows of results as a table on the terminal, and plots of them."""
+"""Reports: rows of results as a table on the terminal, and a page of all that they show."""
 
 from __future__ import annotations
 
+import logging
+import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from million_cli.errors import UserError
 from million_cli.pipelines.config import JobConfig, check
 from million_cli.pipelines.plots import plot_quality
+from million_cli.report import (
+    breakdown,
+    codebook,
+    failures,
+    kernels,
+    positions,
+    quality,
+    recall,
+    scores,
+    sources,
+    speed,
+    style,
+)
+from million_cli.report.exhibit import Exhibit
+from million_cli.report.page import write
 from million_cli.results import read_rows
+
+logger = logging.getLogger("million")
 
 Row = Mapping[str, str]
 
@@ -44,6 +64,8 @@ QUALITY: tuple[Column, ...] = (
     ("longbench_average", "LongBench", number(".2f")),
     ("longbench_average_dense", "dense", number(".2f")),
     ("longbench_n", "samples", str),
+    ("lm_eval_average", "lm-eval", number(".3f")),
+    ("lm_eval_average_dense", "dense", number(".3f")),
     *MEMORY,
     ("duration_s", "s", number(".1f")),
 )
@@ -78,9 +100,14 @@ FAILED: tuple[Column, ...] = (
 FILES = (
     "breakdown_table",
     "breakdown_plot",
+    "positions_table",
+    "positions_plot",
     "passkey_table",
+    "passkey_plot",
     "longbench_table",
     "longbench_samples_table",
+    "lm_eval_table",
+    "lm_eval_samples_table",
     "codebook_file",
     "samples_folder",
 )
@@ -88,19 +115,50 @@ FILES = (
 
 
 def report(config: JobConfig) -> None:
-    """`million report`: print the table, say where the CSV is, draw the plot beside it.
+    """`million report`: the table on the terminal, then the page with its pictures under `out/report`.
 
     Raises:
-        UserError: no results there, or nothing to plot where.
+        UserError: no results there, a CSV of no known kind, or nothing to show.
     """
-    check("report.run", config.report.run, ("latest", "all"))
-    path = Path(config.report.csv) if config.report.csv else Path(config.out) / "results.csv"
-    _, rows = read_rows(path)
-    if not rows:
-        raise UserError(f"{path} has no rows")
-    if config.report.run == "latest":
-        rows = [row for row in rows if row["run"] == rows[-1]["run"]]
-    show(rows, path, plot=config.report.plot)
+    settings = config.report
+    own = Path(config.out) / "results.csv"
+    if settings.run is not None:
+        check("report.run", settings.run, ("latest", "all"))
+    named = bool(settings.files or settings.codebooks)
+    run = settings.run or ("all" if named else "latest")
+    data = sources.read([Path(file) for file in settings.files] if named else [own], run)
+    for name, kind, _ in data.files:
+        if kind == "jobs":
+            _, rows = read_rows(Path(name))
+            show([row for row in rows if run == "all" or row["run"] == rows[-1]["run"]], Path(name))
+    if not settings.page:
+        return
+    found = exhibits(data, [Path(file) for file in settings.codebooks])
+    files = [*data.files, *((file, "a codebook", 0) for file in settings.codebooks)]
+    if not found:
+        raise UserError(f"{', '.join(name for name, *_ in files)}: nothing that makes a figure")
+    if not style.available():
+        logger.info("no figures, tables only: matplotlib is not installed (the extra `plots`)")
+    command = shlex.join(["million", *sys.argv[1:]])
+    page = write(Path(config.out) / "report", found, files, command)
+    for exhibit in found:
+        print(f"{exhibit.section}: {page.parent / exhibit.name}.{'png' if exhibit.image else 'csv'}")
+    print(f"page: {page}")
+
+
+def exhibits(data: sources.Data, codebooks: Sequence[Path]) -> list[Exhibit]:
+    """Everything that there is to show, in the order of the page."""
+    return [
+        *quality.exhibits(data.quality),
+        *positions.exhibits(data.positions),
+        *recall.exhibits(data.recall),
+        *scores.exhibits(data.scores),
+        *speed.exhibits(data.speed),
+        *kernels.exhibits(data.kernels),
+        *breakdown.exhibits(data.breakdown),
+        *(codebook.exhibit(path) for path in codebooks),
+        *failures.exhibits(data.failures),
+    ]
 
 
 def show(rows: Sequence[Row], path: Path, plot: bool = False) -> None:
@@ -130,7 +188,9 @@ def columns_for(row: Row) -> tuple[Column, ...]:
         return FAILED
     if row.get("tpot_ms"):
         return SPEED
-    judged = any(row.get(column) for column in ("perplexity", "recall", "longbench_average"))
+    judged = any(
+        row.get(column) for column in ("perplexity", "recall", "longbench_average", "lm_eval_average")
+    )
     return QUALITY if judged else TRAINING
 
 

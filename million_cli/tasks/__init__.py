@@ -15,6 +15,7 @@ TASKS = {
     "speed": "million_cli.tasks.speed",
     "kernel": "million_cli.tasks.kernel_bench",
     "longbench": "million_cli.tasks.longbench",
+    "lm_eval": "million_cli.tasks.lm_eval",
 }
 """Name -> module; modules are imported when they are asked for."""
 

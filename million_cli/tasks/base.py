@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
@@ -83,6 +84,15 @@ def memory_metrics(cache: Cache, dense: Cache) -> dict[str, Scalar]:
         "pool_reserved_bytes": parts["pool_reserved"],
         "codebook_bytes": parts["codebooks"],
     }
+
+
+def memory_of_prompt(model: PreTrainedModel, cache: Cache, ids: Sequence[int]) -> dict[str, Scalar]:
+    """`memory_metrics` once `cache`, empty before, and a dense cache have read the tokens `ids`."""
+    dense = dense_cache(model)
+    prompt = torch.tensor([ids], device=model.device)
+    for each in (cache, dense):
+        model(input_ids=prompt, past_key_values=each, use_cache=True, logits_to_keep=1)
+    return memory_metrics(cache, dense)
 
 
 def longest_context(model: PreTrainedModel) -> int:

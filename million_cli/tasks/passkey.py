@@ -3,13 +3,15 @@
 Prompts are answered in batches, greedily, through `model.generate`.  The prompt itself goes through the cache
 with quantized prefill: the question sees the text as codes, as it does when it comes after the text was read.
 (With exact prefill the first word of the answer, all that is judged, would not touch a code.)
+
+A recall within one in a hundred of the dense cache's takes questions enough to tell: the cells and the totals
+carry Wilson's interval, and `recall_lost` counts what the dense cache answers and the other one does not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from million_cli.errors import UserError
+from million_cli.intervals import wilson
 from million_cli.progress import progress
 from million_cli.tasks.base import (
     CacheFactory,
@@ -38,7 +41,7 @@ class Config(TextConfig):
     Attributes:
         lengths: of prompts, in tokens; null is a quarter, a half and all of the model's context, up to 1024.
         depths: where the asked fact stands, 0 (start) to 1 (end).
-        samples: prompts a cell.
+        samples: prompts a cell; all cells together make the total, which the default makes 300.
         facts: facts a prompt; more than one is multi-key recall.
         batch: prompts at once.
         new_tokens: generated for the answer; its first word is judged.
@@ -48,7 +51,7 @@ class Config(TextConfig):
     name: str = "passkey"
     lengths: list[int] | None = None
     depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
-    samples: int = 8
+    samples: int = 20
     facts: int = 1
     batch: int = 8
     new_tokens: int = 4
@@ -78,8 +81,9 @@ def measure(
     """Recall with the cache and with the dense cache, on the same prompts.
 
     Returns:
-        recall and recall_dense (shares of all prompts), recall_n, the bytes of `memory_metrics` after the
-        last batch; the table `passkey` has a row a cell.
+        recall and recall_dense (shares of all prompts), recall_low and recall_high (95 % interval of recall),
+        recall_lost and recall_gained (prompts that only the dense cache, or only the cache, answers),
+        recall_n, the bytes of `memory_metrics` after the last batch; the table `passkey` has a row a cell.
 
     Raises:
         UserError: a length that the model does not take, or too short for its facts.
@@ -105,12 +109,10 @@ def measure(
             ]
             memory = memory_metrics(cache, dense)
             bar.update(len(part))
-    cells = _cells(questions, answers)
-    metrics: dict[str, Scalar] = {
-        "recall": fmean(ours for ours, _ in answers),
-        "recall_dense": fmean(dense for _, dense in answers),
-        "recall_n": len(answers),
-    }
+    cells = _cells(questions, answers, config.facts)
+    metrics = {f"recall{name}": value for name, value in _summary(answers).items()}
+    metrics["recall_lost"] = sum(dense and not ours for ours, dense in answers)
+    metrics["recall_gained"] = sum(ours and not dense for ours, dense in answers)
     return TaskResult({**metrics, **memory}, {"passkey": cells})
 
 
@@ -144,19 +146,27 @@ def completions(
     return texts
 
 
-def _cells(questions: Sequence[Question], answers: Sequence[tuple[bool, bool]]) -> list[dict[str, Scalar]]:
-    def share(length: int, depth: float, pick: Callable[[tuple[bool, bool]], bool]) -> float:
-        chosen = [
-            a for q, a in zip(questions, answers, strict=True) if (q.length, q.depth) == (length, depth)
-        ]
-        return fmean(pick(a) for a in chosen)
-
+def _cells(
+    questions: Sequence[Question], answers: Sequence[tuple[bool, bool]], facts: int
+) -> list[dict[str, Scalar]]:
+    """A row a cell: length and depth, facts a prompt, shares right and their interval, questions."""
+    cells: dict[tuple[int, float], list[tuple[bool, bool]]] = {}
+    for question, answer in zip(questions, answers, strict=True):
+        cells.setdefault((question.length, question.depth), []).append(answer)
     return [
         {
             "length": length,
             "depth": depth,
-            "recall": share(length, depth, lambda a: a[0]),
-            "recall_dense": share(length, depth, lambda a: a[1]),
+            "facts": facts,
+            **{f"recall{name}": value for name, value in _summary(chosen).items()},
         }
-        for length, depth in dict.fromkeys((q.length, q.depth) for q in questions)
+        for (length, depth), chosen in cells.items()
     ]
+
+
+def _summary(answers: Sequence[tuple[bool, bool]]) -> dict[str, Scalar]:
+    """Shares of (with the cache, with the dense cache) right, the first one's interval, and how many."""
+    n = len(answers)
+    right, right_dense = (sum(answer[i] for answer in answers) for i in range(2))
+    low, high = wilson(right, n)
+    return {"": right / n, "_low": low, "_high": high, "_dense": right_dense / n, "_n": n}

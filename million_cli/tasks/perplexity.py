@@ -6,6 +6,8 @@ the two next-token distributions are compared at every position.  `mode` says ho
     parallel  one forward pass, each query seeing exactly what decoding token by token would show it
     step      token by token (slow; equal to `parallel` up to rounding)
     distort   one forward pass, all of K and V coded, no exact window (what the MILLION paper evaluates)
+
+Whether the loss grows with distance shows in the table `positions`: the same sums by place in the window.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ class Config(TextConfig):
         max_tokens: read at most that many tokens of the text.
         batch: windows at once.
         mode: `parallel`, `step` or `distort`.
+        buckets: rows of the table by position, each an equal share of the window.
     """
 
     name: str = "perplexity"
@@ -54,61 +57,87 @@ class Config(TextConfig):
     max_tokens: int | None = None
     batch: int = 4
     mode: str = "parallel"
+    buckets: int = 16
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise UserError(f"task.mode={self.mode}: accepted are {', '.join(MODES)}")
-        if self.batch < 1:
-            raise UserError(f"task.batch={self.batch}: accepted are integers from 1")
+        for name in ("batch", "buckets"):
+            if getattr(self, name) < 1:
+                raise UserError(f"task.{name}={getattr(self, name)}: accepted are integers from 1")
 
 
 class Comparison:
-    """Sums over predicted tokens, in float64.
+    """Sums by window and position, in float64.
 
     KL is KL(dense || cached) = sum_v p_v (ln p_v - ln q_v), in nats.
     """
 
     def __init__(self) -> None:
-        self.tokens = 0
-        self.nll = self.nll_dense = 0.0
         self.agree = 0
-        self.window_kl: list[float] = []
+        self._kl: list[Tensor] = []  # of each batch, [B, T]
+        self._nll: list[Tensor] = []
+        self._nll_dense: list[Tensor] = []
 
     def add(self, dense: Tensor, cached: Tensor, targets: Tensor) -> None:
         """Compare logits `[B, T, V]` of the same positions; targets `[B, T]` are the tokens that follow."""
         rows = max(1, CHUNK_ELEMENTS // dense.shape[-1])
-        kl_sums = torch.zeros(len(dense), dtype=torch.float64)
+        kl, nll, nll_dense = (torch.zeros(targets.shape, dtype=torch.float64) for _ in range(3))
         for b in range(len(dense)):
             for start in range(0, dense.shape[1], rows):
                 part = slice(start, start + rows)
                 p, q = _log_softmax(dense[b, part]), _log_softmax(cached[b, part])
                 goal = targets[b, part, None]
-                self.nll_dense -= p.gather(-1, goal).sum(dtype=torch.float64).item()
-                self.nll -= q.gather(-1, goal).sum(dtype=torch.float64).item()
+                nll_dense[b, part] = -p.gather(-1, goal)[:, 0].double().cpu()
+                nll[b, part] = -q.gather(-1, goal)[:, 0].double().cpu()
+                kl[b, part] = (p.exp() * (p - q)).sum(-1, dtype=torch.float64).cpu()
                 self.agree += int((p.argmax(-1) == q.argmax(-1)).sum())
-                kl_sums[b] += (p.exp() * (p - q)).sum(dtype=torch.float64).item()
-        self.tokens += targets.numel()
-        self.window_kl += (kl_sums / targets.shape[1]).tolist()
+        self._kl.append(kl)
+        self._nll.append(nll)
+        self._nll_dense.append(nll_dense)
 
     def metrics(self) -> dict[str, Scalar]:
-        """All windows are of one length, so the mean over windows is the mean over tokens.
+        """Means over all tokens; see `_means`."""
+        kl, nll, nll_dense = self._stacked()
+        means = _means(kl, nll, nll_dense)
+        return {**means, "top1_agreement": self.agree / kl.numel(), "tokens": kl.numel()}
 
-        The standard error treats windows as independent, and tokens within one as not.
+    def positions(self, buckets: int) -> list[dict[str, Scalar]]:
+        """The same by position in the window: a row a bucket, at most `buckets` of equal width.
+
+        `first` to `last` count from 0 the tokens that predict; `tokens` are those in it over all windows.
         """
-        nll, nll_dense = self.nll / self.tokens, self.nll_dense / self.tokens
-        kl = torch.tensor(self.window_kl, dtype=torch.float64)
-        error = kl.std().item() / math.sqrt(len(kl)) if len(kl) > 1 else math.nan
-        return {
-            "perplexity": math.exp(nll),
-            "perplexity_dense": math.exp(nll_dense),
-            "perplexity_change_percent": 100 * (math.exp(nll - nll_dense) - 1),
-            "nll": nll,
-            "nll_dense": nll_dense,
-            "kl_e3": 1e3 * kl.mean().item(),
-            "kl_se_e3": 1e3 * error,
-            "top1_agreement": self.agree / self.tokens,
-            "tokens": self.tokens,
-        }
+        stacked = self._stacked()
+        length = stacked[0].shape[1]
+        width = -(-length // buckets)
+        rows: list[dict[str, Scalar]] = []
+        for start in range(0, length, width):
+            part = [sums[:, start : start + width] for sums in stacked]
+            place = {"first": start, "last": min(start + width, length) - 1, "tokens": part[0].numel()}
+            rows.append({**place, **_means(*part)})
+        return rows
+
+    def _stacked(self) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.cat(self._kl), torch.cat(self._nll), torch.cat(self._nll_dense)
+
+
+def _means(kl: Tensor, nll: Tensor, nll_dense: Tensor) -> dict[str, Scalar]:
+    """Means over windows and positions `[windows, T]`, in nats a token.
+
+    The standard error of KL treats windows as independent, and tokens within one as not.
+    """
+    mean, mean_dense = nll.mean().item(), nll_dense.mean().item()
+    windows = kl.mean(1)
+    error = windows.std().item() / math.sqrt(len(windows)) if len(windows) > 1 else math.nan
+    return {
+        "perplexity": math.exp(mean),
+        "perplexity_dense": math.exp(mean_dense),
+        "perplexity_change_percent": 100 * (math.exp(mean - mean_dense) - 1),
+        "nll": mean,
+        "nll_dense": mean_dense,
+        "kl_e3": 1e3 * windows.mean().item(),
+        "kl_se_e3": 1e3 * error,
+    }
 
 
 @torch.inference_mode()
@@ -119,7 +148,8 @@ def measure(
 
     Returns:
         perplexity(_dense), nll(_dense) in nats a token, kl_e3 (mean KL x 1000, nats) with its standard error,
-        top1_agreement, tokens predicted, and the bytes of `memory_metrics` at the end of a window.
+        top1_agreement, tokens predicted, and the bytes of `memory_metrics` at the end of a window; the table
+        `positions` has a row a bucket of positions.
 
     Raises:
         UserError: the text is shorter than one window, or the window longer than the model's context.
@@ -137,7 +167,10 @@ def measure(
             comparison.add(expected, read(model, ids[:, :-1], cache), ids[:, 1:])
             memory = memory or memory_metrics(cache, dense)
             bar.update(ids.numel())
-    return TaskResult({**comparison.metrics(), "context": windows.shape[1], **memory})
+    return TaskResult(
+        {**comparison.metrics(), "context": windows.shape[1], **memory},
+        {"positions": comparison.positions(config.buckets)},
+    )
 
 
 def cut_windows(model: PreTrainedModel, tokenizer: Any, text: Text, config: Config) -> Tensor:

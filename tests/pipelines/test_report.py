@@ -7,9 +7,10 @@ import pytest
 from million_cli.errors import UserError
 from million_cli.hydra_app import compose
 from million_cli.pipelines import report as pipeline
-from million_cli.pipelines.plots import plot_breakdown, plot_quality
+from million_cli.pipelines.plots import plot_breakdown, plot_quality, plot_table
 from million_cli.pipelines.report import columns_for, report, table
-from million_cli.results import append_row
+from million_cli.report import style
+from million_cli.results import append_row, read_rows
 
 
 def row(run="1", kind="paged", **cells):
@@ -75,11 +76,11 @@ def test_the_table_formats_and_aligns():
 def test_only_the_latest_run_is_shown_unless_all_are_asked_for(tmp_path, capsys):
     for run in ("old", "new"):
         append_row(tmp_path / "results.csv", row(run=run, perplexity={"old": "1.0", "new": "2.0"}[run]))
-    report(compose([f"out={tmp_path}", "report.plot=false"]))
+    report(compose([f"out={tmp_path}", "report.page=false"]))
     latest = capsys.readouterr().out
     assert "2.000" in latest
     assert "1.000" not in latest
-    report(compose([f"out={tmp_path}", "report.plot=false", "report.run=all"]))
+    report(compose([f"out={tmp_path}", "report.page=false", "report.run=all"]))
     assert "1.000" in capsys.readouterr().out
 
 
@@ -91,37 +92,78 @@ def test_a_failed_row_shows_the_last_line_of_its_error(tmp_path, capsys):
         "recall": "",
     }
     append_row(tmp_path / "r.csv", row(**failed))
-    report(compose([f"report.csv={tmp_path}/r.csv", "report.plot=false"]))
+    report(compose([f"report.files=[{tmp_path}/r.csv]", "report.page=false"]))
     assert "ValueError: bad luck" in capsys.readouterr().out
 
 
-def test_the_plot_is_drawn_beside_the_csv(tmp_path, capsys):
-    path = tmp_path / "results.csv"
-    for kind, bits in (("dense", "32.0"), ("contiguous", "4.0"), ("paged", "4.0")):
-        append_row(path, row(kind=kind, bits_nominal=bits))
-    report(compose([f"report.csv={path}"]))
-    assert f"plot: {tmp_path}/results.png" in capsys.readouterr().out
-    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+def test_the_page_and_its_pictures_are_written_under_out(tmp_path, capsys):
+    path = tmp_path / "named.csv"
+    for run, bits in (("1", "4.0"), ("2", "3.0"), ("3", "2.0")):
+        append_row(path, row(run=run, bits_nominal=bits))
+    report(compose([f"report.files=[{path}]", f"out={tmp_path}"]))
+    stdout = capsys.readouterr().out
+    assert f"page: {tmp_path}/report/index.html" in stdout
+    assert f"Quality against bits: {tmp_path}/report/quality-reference.png" in stdout
+    assert (tmp_path / "report" / "quality-reference.png").read_bytes().startswith(b"\x89PNG")
+    # Every run of a file that is named; of the job's own results, the latest.
+    assert len(read_rows(path)[1]) == 3
+    assert (tmp_path / "report" / "quality-reference.csv").read_text().count(
+        "\n"
+    ) == 2  # one label, the latest
+    path.rename(tmp_path / "results.csv")
+    report(compose([f"out={tmp_path}"]))
+    assert "2.0" in (tmp_path / "report" / "quality-reference.csv").read_text()
 
 
 def test_rows_without_quality_make_no_plot(tmp_path):
-    assert plot_quality([{"bits_nominal": "4", "kl_e3": "", "recall": ""}], tmp_path / "x.png") is None
+    assert plot_quality([row(kl_e3="", recall="")], tmp_path / "x.png") is None
+    assert plot_table("longbench", [{"task": "lcc"}], tmp_path / "x.png", "pq") is None
 
 
-def test_without_matplotlib_there_is_no_plot_and_no_error(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    assert (
-        plot_breakdown([{"stage": "MLP", "dense_ms": 1, "cache_ms": 2}], tmp_path / "x.png", "m", "paged")
-        is None
-    )
+def test_jobs_leave_pictures_beside_their_tables(tmp_path):
+    cell = {"length": 256, "depth": 0.5, "recall": 0.5, "recall_dense": 1.0}
+    bucket = {
+        "first": 0,
+        "last": 9,
+        "kl_e3": 1.0,
+        "kl_se_e3": None,
+        "perplexity": 2.0,
+        "perplexity_dense": 2.0,
+    }
+    stage = {"stage": "MLP", "dense_ms": 1, "cache_ms": 2}
+    for path in (
+        plot_quality([row(), row(kind="contiguous", bits_nominal="2")], tmp_path / "q.png"),
+        plot_table("passkey", [cell], tmp_path / "r.png", "pq"),
+        plot_table("positions", [bucket], tmp_path / "p.png", "pq"),
+        plot_breakdown([stage], tmp_path / "b.png", "model", "paged"),
+    ):
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_there_is_no_plot_and_no_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(style, "available", lambda: False)
+    stage = {"stage": "MLP", "dense_ms": 1, "cache_ms": 2}
+    assert plot_breakdown([stage], tmp_path / "x.png", "m", "paged") is None
     assert plot_quality([row()], tmp_path / "x.png") is None
+    append_row(tmp_path / "results.csv", row())
+    report(compose([f"out={tmp_path}"]))
+    assert "quality-reference.csv" in capsys.readouterr().out
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "<img" not in page
+    assert "5.68" in page
 
 
 def test_bad_reports_are_refused(tmp_path):
     with pytest.raises(UserError, match="no results at"):
         report(compose([f"out={tmp_path}"]))
     (tmp_path / "results.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(UserError, match="not a results CSV"):
+    with pytest.raises(
+        UserError, match=r"results\.csv: columns a, b are of no known kind; accepted are CSVs of jobs"
+    ):
+        report(compose([f"out={tmp_path}"]))
+    (tmp_path / "results.csv").unlink()
+    append_row(tmp_path / "results.csv", row(kl_e3=""))
+    with pytest.raises(UserError, match=r"results\.csv: nothing that makes a figure"):
         report(compose([f"out={tmp_path}"]))
     with pytest.raises(UserError, match=r"report\.run=some: accepted are latest, all"):
         report(compose([f"out={tmp_path}", "report.run=some"]))

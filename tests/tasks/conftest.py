@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -20,6 +21,9 @@ from million_cli.spec import WindowSpec
 from million_cli.text import Text, synthetic_text
 
 torch.set_num_threads(1)
+
+# The harness is an extra; what holds without it is in test_lm_eval_config.py.
+collect_ignore = [] if find_spec("lm_eval") and find_spec("accelerate") else ["test_lm_eval.py"]
 
 WINDOW = WindowSpec(page_size=16, residual=32)
 

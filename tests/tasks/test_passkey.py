@@ -62,14 +62,34 @@ def test_recall_is_counted_by_cell_beside_the_dense_cache(rule, tiny):
     assert result.metrics["recall"] == 0.5
     assert result.metrics["recall_dense"] == 1.0
     assert result.metrics["recall_n"] == 12
-    assert result.tables["passkey"] == [
-        {"length": length, "depth": depth, "recall": depth, "recall_dense": 1.0}
+    assert (result.metrics["recall_lost"], result.metrics["recall_gained"]) == (6, 0)
+    # Wilson's interval of 6 in 12, and of none and all of 3, worked out by hand with z = 1.959964.
+    assert result.metrics["recall_low"] == pytest.approx(0.253782, abs=1e-6)
+    assert result.metrics["recall_high"] == pytest.approx(0.746218, abs=1e-6)
+    interval = {0.0: (0.0, 0.561497), 1.0: (0.438503, 1.0)}
+    expected = [
+        {
+            "length": length,
+            "depth": depth,
+            "facts": 2,
+            "recall": depth,
+            "recall_low": pytest.approx(interval[depth][0], abs=1e-6),
+            "recall_high": pytest.approx(interval[depth][1], abs=1e-6),
+            "recall_dense": 1.0,
+            "recall_n": 3,
+        }
         for length in (300, 600)
         for depth in (0.0, 1.0)
     ]
+    assert result.tables["passkey"] == expected
     # Both caches saw every batch, and the padding was on the left.
     assert [size for _, size, _ in rule.batches] == [4] * 6
     assert all(last == [1] * 4 for _, _, last in rule.batches)
+
+
+def test_the_default_grid_can_tell_one_question_in_a_hundred(tiny):
+    config = Config()
+    assert len(passkey.default_lengths(tiny.model, 4)) * len(config.depths) * config.samples >= 300
 
 
 def test_the_same_seed_asks_the_same_questions(rule, tiny):

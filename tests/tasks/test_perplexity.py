@@ -104,6 +104,49 @@ def test_the_sums_are_the_definitions_whatever_the_chunks(monkeypatch):
         assert found["tokens"] == 21
 
 
+@pytest.mark.parametrize(
+    ("buckets", "edges"),
+    [
+        (1, [(0, 6)]),
+        (3, [(0, 2), (3, 5), (6, 6)]),
+        (7, [(i, i) for i in range(7)]),
+        (50, [(i, i) for i in range(7)]),
+    ],
+)
+def test_buckets_of_positions_hold_the_means_over_their_positions(buckets, edges):
+    generator = torch.Generator().manual_seed(0)
+    dense, cached = (torch.randn(3, 7, 11, generator=generator, dtype=torch.float64) for _ in range(2))
+    targets = torch.randint(11, (3, 7), generator=generator)
+    comparison = Comparison()
+    comparison.add(dense[:1], cached[:1], targets[:1])
+    comparison.add(dense[1:], cached[1:], targets[1:])
+    p, q = dense.softmax(-1), cached.softmax(-1)
+    kl = (p * (p / q).log()).sum(-1)
+    nll, nll_dense = (-x.gather(-1, targets[..., None]).log()[..., 0] for x in (q, p))
+    rows = comparison.positions(buckets)
+    assert [(row["first"], row["last"]) for row in rows] == edges
+    for row in rows:
+        part = slice(row["first"], row["last"] + 1)
+        assert row["tokens"] == kl[:, part].numel()
+        windows = 1e3 * kl[:, part].mean(1)
+        assert row["kl_e3"] == pytest.approx(windows.mean().item(), rel=1e-12)
+        assert row["kl_se_e3"] == pytest.approx(windows.std().item() / math.sqrt(3), rel=1e-12)
+        assert row["perplexity"] == pytest.approx(math.exp(nll[:, part].mean().item()), rel=1e-12)
+        assert row["perplexity_dense"] == pytest.approx(math.exp(nll_dense[:, part].mean().item()), rel=1e-12)
+
+
+def test_what_the_exact_window_covers_loses_nothing_and_the_rest_does(tiny, text):
+    config = Config(**SMALL, buckets=6)
+    result = measure(tiny.model, tiny.tokenizer, tiny.caches(), text, config, 0)
+    rows = result.tables["positions"]
+    assert [row["first"] for row in rows] == [0, 16, 32, 48, 64, 80]
+    assert sum(row["tokens"] for row in rows) == result.metrics["tokens"]
+    assert rows[0]["kl_e3"] == 0  # a window of 16 to 31 exact tokens
+    assert all(row["kl_e3"] > 0.01 for row in rows[2:])
+    mean = sum(row["kl_e3"] * row["tokens"] for row in rows) / result.metrics["tokens"]
+    assert mean == pytest.approx(result.metrics["kl_e3"], rel=1e-9)
+
+
 def test_the_standard_error_of_one_window_is_unknown():
     comparison = Comparison()
     logits = torch.randn(1, 4, 5)
@@ -126,7 +169,12 @@ def test_too_short_a_text_and_too_long_a_window_are_refused(tiny):
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"), [({"mode": "fast"}, "task.mode=fast"), ({"batch": 0}, "task.batch=0")]
+    ("settings", "message"),
+    [
+        ({"mode": "fast"}, "task.mode=fast"),
+        ({"batch": 0}, "task.batch=0"),
+        ({"buckets": 0}, "task.buckets=0"),
+    ],
 )
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(UserError, match=message):

@@ -30,7 +30,7 @@ from million_cli.tasks.base import (
     check_context,
     dense_cache,
     longest_context,
-    memory_metrics,
+    memory_of_prompt,
 )
 from million_cli.tasks.longbench import data
 from million_cli.tasks.longbench.data import Sample, Samples
@@ -173,7 +173,7 @@ def measure(
             summary.append(_summary(name, dataset, found))
             bar.clear()
             logger.info("%s: %.2f, dense %.2f", name, summary[-1]["score"], summary[-1]["dense"])
-    memory = _memory(model, caches(prefill), longest)
+    memory = memory_of_prompt(model, caches(prefill), longest)
     return TaskResult(
         {**_metrics(summary), "longbench_n": len(rows), **memory},
         {"longbench": summary, "longbench_samples": rows},
@@ -284,12 +284,3 @@ def _metrics(summary: Sequence[Mapping[str, Any]]) -> dict[str, Scalar]:
         metrics[f"longbench_average{suffix}"] = fmean(row[column] for row in summary)
         metrics[f"longbench_overall{suffix}"] = fmean(map(fmean, categories.values()))
     return metrics
-
-
-def _memory(model: PreTrainedModel, cache: Cache, ids: Sequence[int]) -> dict[str, Scalar]:
-    """`memory_metrics` once both caches hold `ids`."""
-    dense = dense_cache(model)
-    prompt = torch.tensor([ids], device=model.device)
-    for each in (cache, dense):
-        model(input_ids=prompt, past_key_values=each, use_cache=True, logits_to_keep=1)
-    return memory_metrics(cache, dense)

@@ -1,0 +1,55 @@
+"""The harness's own model for transformers, with the cache of every batch chosen by us."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from million_cli.progress import progress
+
+
+class CachedLM(HFLM):
+    """`HFLM` whose every batch is generated with a cache of `make`.
+
+    Prompts, stop sequences, sampling and post-processing stay the harness's.
+
+    Attributes:
+        longest: token ids of the longest prompt so far.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        make: Callable[[], Cache],
+        label: str,
+        *,
+        batch: int,
+        max_length: int,
+    ) -> None:
+        super().__init__(
+            pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch, max_length=max_length
+        )
+        self.make = make
+        self.label = label
+        self.longest: list[int] = []
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Answers in the order of `requests`, with our progress bar in the place of the harness's."""
+        with progress(len(requests), f"lm-eval, {self.label}", "prompt") as self._bar:
+            return super().generate_until(list(requests), disable_tqdm=True)
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **settings: Any) -> Tensor:
+        """The harness's generation of one left-padded batch `context [B, T]`, into an empty cache."""
+        for ids, mask in zip(context, settings["attention_mask"], strict=True):
+            self.longest = max(self.longest, ids[mask.bool()].tolist(), key=len)
+        output: Tensor = super()._model_generate(
+            context, max_length=max_length, stop=stop, past_key_values=self.make(), **settings
+        )
+        self._bar.update(len(context))
+        return output

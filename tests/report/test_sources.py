@@ -1,0 +1,145 @@
+"""Which CSVs are understood, and what their rows become."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from million_cli.errors import UserError
+from million_cli.report.sources import KINDS, label, read
+from million_cli.results import write_rows
+
+
+def test_a_folder_is_read_whole_and_each_table_once(folder):
+    data = read([folder], "all")
+    kinds = {name.rsplit("/", 1)[1]: (kind, rows) for name, kind, rows in data.files}
+    assert kinds == {
+        "accuracy.csv": ("accuracy", 2),
+        "e2e.csv": ("decode times", 9),
+        "kernel.csv": ("kernel times", 4),
+        "results.csv": ("jobs", 5),
+    }
+    assert [row["label"] for row in data.quality] == ["pq", "pq, layer", "pq-4bit", "pq-2bit", "worse"]
+    assert [(row["length"], row["depth"], row["label"]) for row in data.recall] == [
+        (length, depth, "pq-4bit") for length in ("256", "1024") for depth in ("0.0", "1.0")
+    ]
+    assert len(data.positions) == 4
+    assert {(row["suite"], row["task"], row["score"]) for row in data.scores} == {
+        ("LongBench", "average", "30.0"),
+        ("LongBench", "lcc", "30.0"),
+        ("lm-evaluation-harness", "average", "0.5"),
+        ("lm-evaluation-harness", "echo exact_match", "0.5"),
+    }
+    jobs = [row for row in data.speed if row["model"] == "tiny"]
+    assert [(row["impl"], row["tpot_ms"]) for row in jobs] == [("dense", "3.0"), ("paged, pq-4bit", "2.0")]
+    stages = [(row["stage"], row["series"], row["ms"], row["context"]) for row in data.breakdown]
+    assert ("MLP", "paged, pq-4bit", "1.0", "64") in stages
+    assert len(stages) == 4
+    assert [row["why"] for row in data.failures] == ["ValueError: <bad> luck"]
+
+
+def test_origins_come_from_the_row_or_the_suites_record(folder):
+    data = read([folder], "all")
+    assert {(row["commit"], row["command"]) for row in data.recall} == {("abc123", "million eval <all>")}
+    kernel = data.kernels[0]
+    assert (kernel["commit"], kernel["torch"], kernel["device"]) == ("f00d", "2.11.0", "Some GPU")
+    assert kernel["command"] == "scripts/gpu_suite.sh"
+
+
+def test_tables_of_moved_results_are_found(folder, tmp_path, caplog):
+    moved = tmp_path / "moved"
+    shutil.move(folder, moved)
+    assert len(read([moved / "results.csv"], "all").recall) == 4
+    shutil.rmtree(moved / "evaluations")
+    caplog.set_level("INFO", logger="million")
+    data = read([moved / "results.csv"], "all")
+    assert data.recall == []
+    assert len(data.quality) == 3
+    assert "5 tables that it names are gone" in caplog.text
+
+
+def test_a_table_alone_goes_by_the_name_of_its_file(folder):
+    (table,) = (folder / "evaluations").glob("passkey-*.csv")
+    data = read([table], "all")
+    assert {row["model"] for row in data.recall} == {"passkey-1"}
+
+
+def test_the_latest_run_of_jobs_or_all(tmp_path):
+    path = tmp_path / "r.csv"
+    write_rows(path, [{"run": r, "verb": "eval", "status": "ok", "kl_e3": 1.0} for r in ("a", "b", "b")])
+    assert len(read([path], "latest").quality) == 2
+    assert len(read([path], "all").quality) == 3
+
+
+def test_stage_times_in_either_form_are_the_same(tmp_path):
+    wide = [{"stage": "MLP", "dense_ms": 1.0, "pq_ms": 2.0}]
+    long = [{"stage": "MLP", "series": "dense", "ms": 1.0}, {"stage": "MLP", "impl": "pq", "ms": 2.0}]
+    found = []
+    for rows in (wide, long):
+        write_rows(tmp_path / "x.csv", rows)
+        data = read([tmp_path / "x.csv"], "all")
+        found.append([(row["stage"], row["series"], row["ms"]) for row in data.breakdown])
+    assert found[0] == found[1] == [("MLP", "dense", "1.0"), ("MLP", "pq", "2.0")]
+
+
+def test_rows_are_labelled_by_what_is_unusual_in_their_file():
+    def row(quantizer, source="a/x.csv", **settings):
+        more = {f"set.{key}": value for key, value in settings.items()}
+        return {"quantizer": quantizer, "cache": "paged", "model": "m", "text": "t", "source": source, **more}
+
+    rows = [
+        row("pq", scope="head", nbits="8", rotation="opq"),
+        row("pq", scope="head", nbits="8", rotation="opq"),
+        row("pq", scope="layer", nbits="4", rotation=""),
+        row("fp8", scope="merged"),
+        {**row("pq", scope="head", nbits="8", rotation="opq"), "cache": "contiguous"},
+        row("other"),
+        row("other", source="b/x.csv"),
+    ]
+    label(rows)
+    assert [r["label"] for r in rows] == [
+        "pq",
+        "pq",
+        "pq, layer, nbits=4, rotation=none",
+        "fp8",
+        "pq, contiguous",
+        "other (a/x.csv)",
+        "other (b/x.csv)",
+    ]
+
+
+def test_what_cannot_be_read_is_refused_in_one_line(tmp_path):
+    path = tmp_path / "x.csv"
+    for content, message in (
+        (
+            "colour,size,a,b,c,d,e\n1,2,3,4,5,6,7\n",
+            r"columns colour, size, a, b, c, d, \.\.\. are of no known kind",
+        ),
+        ("stage,dense_ms\n", "has no rows"),
+        ("", "has no rows"),
+        ("stage,dense_ms\n1\n", "its rows are not equally long"),
+        ("stage,dense_ms\n1,2,3\n", "its rows are not equally long"),
+    ):
+        path.write_text(content)
+        with pytest.raises(UserError, match=message) as error:
+            read([path], "all")
+        assert str(path) in str(error.value)
+        assert "\n" not in str(error.value)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="is not a CSV"):
+        read([path], "all")
+    with pytest.raises(UserError, match="no results at /nowhere"):
+        read([Path("/nowhere")], "all")
+    path.unlink()
+    with pytest.raises(UserError, match="the folder holds no CSV"):
+        read([tmp_path], "all")
+
+
+def test_the_refusal_names_every_kind_and_its_columns(tmp_path):
+    (tmp_path / "x.csv").write_text("a\n1\n")
+    with pytest.raises(UserError) as error:
+        read([tmp_path / "x.csv"], "all")
+    for kind in KINDS:
+        assert f"{kind.name} ({', '.join(sorted(kind.columns))})" in str(error.value)
