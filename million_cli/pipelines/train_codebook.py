@@ -101,7 +101,7 @@ def codebook_metrics(codebook: Codebook, path: Path) -> dict[str, Any]:
     meta = codebook.meta
     return {
         "codebook_file": str(path),
-        "bits_nominal": codebook.spec.bits_per_element,
+        "bits_nominal": codebook.bits_per_element,
         "key_error": fmean(error for layer in meta.key_error for error in layer),
         "value_error": fmean(error for layer in meta.value_error for error in layer),
         "calibration_text": meta.calibration,
