@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from million_cli.errors import UserError
+from million_cli.integration.information import Information, NoGradients
 from million_cli.integration.sampling import Samples, SamplingCache, read_text
 from million_cli.pipelines import Result
 from million_cli.pipelines.config import JobConfig
@@ -72,31 +73,66 @@ def sample(session: Session) -> Path:
             return folder
         windows = _windows(session)
         done = state["windows"] if state is not None else 0
+        information = Information(session.model, seed=config.seed)
         if done:
             logger.info("going on with the samples in %s at window %d of %d", folder, done, len(windows))
-        _read(session, cache, windows, done, folder)
+            gathered = Samples(folder).information()
+            if gathered is not None:
+                information.restore(gathered)
+        _read(session, cache, information, windows, done, folder)
         logger.info("samples: %s", folder)
     return folder
 
 
-def _read(session: Session, cache: SamplingCache, windows: torch.Tensor, done: int, folder: Path) -> None:
+def _read(
+    session: Session,
+    cache: SamplingCache,
+    information: Information,
+    windows: torch.Tensor,
+    done: int,
+    folder: Path,
+) -> None:
     config = session.config.sample
     saved = time.monotonic()
-    with progress(windows.numel(), "sampling", "tok") as bar:
-        bar.update(done * windows.shape[1])
+    wanted = min(config.information, windows.numel())
+
+    def save(finished: bool) -> None:
+        progress = {"windows": done, "tokens": done * windows.shape[1], "done": finished}
+        cache.save(folder, progress, information.state())
+
+    with progress(windows.numel() + wanted, "sampling", "tok") as bar:
+        bar.update(done * windows.shape[1] + information.read_tokens)
         for start in range(done, len(windows), config.batch):
             ids = windows[start : start + config.batch]
             read_text(session.model, cache, ids)
+            for window in ids:
+                if information.read_tokens + len(window) <= wanted:
+                    wanted = _gather(information, window, wanted)
+                    bar.update(len(window))
             bar.update(ids.numel())
             done = start + len(ids)
             if done < len(windows) and time.monotonic() - saved > SAVE_EVERY_S:
-                cache.save(folder, {"windows": done, "tokens": done * windows.shape[1], "done": False})
+                save(False)
                 saved = time.monotonic()
-    cache.save(folder, {"windows": done, "tokens": windows.numel(), "done": True})
+    save(True)
+
+
+def _gather(information: Information, window: torch.Tensor, wanted: int) -> int:
+    """Add a window to the information; returns the tokens still wanted in all, 0 if there are no gradients."""
+    try:
+        information.read(window[None])
+    except NoGradients as error:
+        logger.warning("codebooks will be trained without Fisher information: %s", error)
+        information.forget()
+        return 0
+    return wanted
 
 
 def _windows(session: Session) -> torch.Tensor:
-    """Token ids `[windows, context]` of the calibration text; one shorter than a window is one window."""
+    """Token ids `[windows, context]`: of the calibration text, with random ones that repeat themselves among them.
+
+    A text shorter than a window is one window.
+    """
     config, text = session.config.sample, session.text(session.config.data)
     context = config.context or min(longest_context(session.model), 2048)
     check_context("sample.context", context, session.model)
@@ -105,4 +141,24 @@ def _windows(session: Session) -> torch.Tensor:
         raise UserError(f"the calibration text {text.source} has {len(ids)} tokens; accepted are at least 2")
     context = min(context, len(ids))
     whole = len(ids) // context
-    return torch.tensor(ids[: whole * context], dtype=torch.int64).view(whole, context)
+    text_windows = torch.tensor(ids[: whole * context], dtype=torch.int64).view(whole, context)
+    repeats = round(whole * config.repeats / (1 - config.repeats))
+    vocabulary = min(len(session.tokenizer), session.model.config.get_text_config(decoder=True).vocab_size)
+    return _interleave(text_windows, _repeating(repeats, context, vocabulary, session.config.seed))
+
+
+def _repeating(n: int, context: int, vocabulary: int, seed: int) -> torch.Tensor:
+    """Windows `[n, context]` of random tokens, each with a period of its own from 1/16 to 1/2 of the context."""
+    generator = torch.Generator().manual_seed(seed)
+    windows = torch.empty(n, context, dtype=torch.int64)
+    for window in windows:
+        period = int(torch.randint(max(1, context // 16), context // 2 + 1, (), generator=generator))
+        tokens = torch.randint(vocabulary, (period,), generator=generator)
+        window.copy_(tokens.repeat(-(-context // period))[:context])
+    return windows
+
+
+def _interleave(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The rows of both, each in order and evenly spread, so that a part from the start has both in proportion."""
+    at = torch.cat([(torch.arange(len(x)) + 0.5) / max(1, len(x)) for x in (a, b)])
+    return torch.cat([a, b])[at.argsort(stable=True)]
