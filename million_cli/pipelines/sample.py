@@ -18,6 +18,7 @@ from million_cli.pipelines.session import Session
 from million_cli.pipelines.stages import code_digest, locked, stage_key
 from million_cli.progress import progress
 from million_cli.tasks.base import check_context, longest_context
+from million_cli.text import TextConfig, load_text
 
 logger = logging.getLogger("million")
 SAVE_EVERY_S = 60.0
@@ -129,7 +130,7 @@ def _gather(information: Information, window: torch.Tensor, wanted: int) -> int:
 
 
 def _windows(session: Session) -> torch.Tensor:
-    """Token ids `[windows, context]`: of the calibration text, with random ones that repeat themselves among them.
+    """Token ids `[windows, context]`: of the calibration text, with code and random repetitions spread among them.
 
     A text shorter than a window is one window.
     """
@@ -141,10 +142,16 @@ def _windows(session: Session) -> torch.Tensor:
         raise UserError(f"the calibration text {text.source} has {len(ids)} tokens; accepted are at least 2")
     context = min(context, len(ids))
     whole = len(ids) // context
-    text_windows = torch.tensor(ids[: whole * context], dtype=torch.int64).view(whole, context)
-    repeats = round(whole * config.repeats / (1 - config.repeats))
+    code_ids = session.tokenizer(load_text(TextConfig("python-excerpt")).content, verbose=False)["input_ids"]
+    shares = {"code": config.code, "repeats": config.repeats}
+    wanted = {name: round(whole * share / (1 - sum(shares.values()))) for name, share in shares.items()}
+    code = torch.tensor(code_ids[: wanted["code"] * context], dtype=torch.int64)
     vocabulary = min(len(session.tokenizer), session.model.config.get_text_config(decoder=True).vocab_size)
-    return _interleave(text_windows, _repeating(repeats, context, vocabulary, session.config.seed))
+    return _interleave(
+        torch.tensor(ids[: whole * context], dtype=torch.int64).view(whole, context),
+        code[: len(code) // context * context].view(-1, context),
+        _repeating(wanted["repeats"], context, vocabulary, session.config.seed),
+    )
 
 
 def _repeating(n: int, context: int, vocabulary: int, seed: int) -> torch.Tensor:
@@ -158,7 +165,7 @@ def _repeating(n: int, context: int, vocabulary: int, seed: int) -> torch.Tensor
     return windows
 
 
-def _interleave(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The rows of both, each in order and evenly spread, so that a part from the start has both in proportion."""
-    at = torch.cat([(torch.arange(len(x)) + 0.5) / max(1, len(x)) for x in (a, b)])
-    return torch.cat([a, b])[at.argsort(stable=True)]
+def _interleave(*parts: torch.Tensor) -> torch.Tensor:
+    """The rows of all, each in order and evenly spread, so that a part from the start has all in proportion."""
+    at = torch.cat([(torch.arange(len(part)) + 0.5) / max(1, len(part)) for part in parts])
+    return torch.cat(parts)[at.argsort(stable=True)]

@@ -19,7 +19,7 @@ def test_the_codebook_says_where_it_comes_from(job):
     text = session.text(session.config.data)
     assert codebook.meta.fingerprint == session.fingerprint
     assert codebook.meta.calibration_sha256 == text.sha256
-    assert (codebook.meta.seed, codebook.meta.tokens, codebook.meta.samples) == (4, 2816, 512)
+    assert (codebook.meta.seed, codebook.meta.tokens, codebook.meta.samples) == (4, 3328, 512)
     assert codebook.keys.specs == (CodeSpec(32, 16, 3),) * 2
     assert (codebook.keys.scope, codebook.meta.trainer) == ("head", "torch")
 
