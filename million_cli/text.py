@@ -177,7 +177,10 @@ def _from_hub(config: TextConfig) -> str:
 
 
 DATASETS: dict[str, Callable[[TextConfig], str]] = {
-    **{name: _excerpt(name) for name in ("wikitext2-test-excerpt", "wikitext2-valid-excerpt", "python-excerpt")},
+    **{
+        name: _excerpt(name)
+        for name in ("wikitext2-test-excerpt", "wikitext2-valid-excerpt", "python-excerpt")
+    },
     "synthetic": lambda config: synthetic_text(config.seed),
     **dict.fromkeys(HUB, _from_hub),
 }

@@ -1,7 +1,7 @@
 """Make the shipped texts: whole articles from the start of a WikiText split, and this package's own sources.
 
-    python scripts/make_text_excerpts.py articles test.txt.xz million_cli/assets/text/wikitext2-test-excerpt.txt
-    python scripts/make_text_excerpts.py sources million_cli million_cli/assets/text/python-excerpt.txt
+python scripts/make_text_excerpts.py articles test.txt.xz million_cli/assets/text/wikitext2-test-excerpt.txt
+python scripts/make_text_excerpts.py sources million_cli million_cli/assets/text/python-excerpt.txt
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def sources(
     target: Annotated[Path, typer.Argument(help="file to write")],
     limit_bytes: Annotated[int, typer.Option(help="size not to exceed")] = 200_000,
 ) -> None:
-    """Write whole Python files of FOLDER, in the order of their hashes, that fit into LIMIT_BYTES to TARGET."""
+    """Write whole Python files of FOLDER, ordered by hash, that fit into LIMIT_BYTES to TARGET."""
     files = [path.read_text(encoding="utf-8") for path in folder.rglob("*.py")]
     excerpt = ""
     for text in sorted(files, key=lambda text: hashlib.sha256(text.encode()).digest()):

@@ -12,20 +12,27 @@ from million_cli.spec import CodeSpec
 
 
 def random_codebook(
-    model: PreTrainedModel, keys: tuple[int, int], values: tuple[int, int], mapped: bool = True
+    model: PreTrainedModel,
+    keys: tuple[int, int],
+    values: tuple[int, int],
+    mapped: bool = True,
+    mixed: bool = False,
 ) -> Codebook:
-    """Normal centroids, invertible transforms, a layer and head; `keys` and `values` are (M, nbits)."""
+    """Normal centroids, invertible transforms, a layer and head; `keys` and `values` are (M, nbits).
+
+    mixed: the other way around in every other layer.
+    """
     print_ = fingerprint(model)
     generator = torch.Generator().manual_seed(1)
     L, Hkv, D = len(print_.layers), print_.num_kv_heads, print_.head_dim
 
-    def side(M: int, nbits: int) -> ProductQuantizer:
-        spec = CodeSpec(D, M, nbits)
-        centroids = torch.randn(L, Hkv, M, spec.C, spec.dsub, generator=generator)
+    def side(*shapes: tuple[int, int]) -> ProductQuantizer:
+        specs = tuple(CodeSpec(D, *shapes[i % 2 if mixed else 0]) for i in range(L))
+        centroids = [torch.randn(Hkv, s.M, s.C, s.dsub, generator=generator) for s in specs]
         maps = torch.linalg.qr(torch.randn(L, Hkv, D, D, generator=generator))[0]
-        maps = maps * (0.5 + torch.rand(L, Hkv, 1, D, generator=generator))  # not a rotation: keys != queries
+        maps = maps * (0.8 + 0.4 * torch.rand(L, Hkv, 1, D, generator=generator))  # not a rotation: keys != queries
         transform = Transform.invertible(maps) if mapped else None
-        return ProductQuantizer((spec,) * L, "head", tuple(centroids), transform)
+        return ProductQuantizer(specs, "head", tuple(centroids), transform)
 
     meta = CodebookMeta(
         fingerprint=print_,
@@ -44,4 +51,4 @@ def random_codebook(
         key_error=[],
         value_error=[],
     )
-    return Codebook(side(*keys), side(*values), meta)
+    return Codebook(side(keys, values), side(values, keys), meta)

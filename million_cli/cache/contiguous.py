@@ -52,7 +52,8 @@ class ContiguousStore(CodeStore):
         if self.ops is not None:
             capacity = max(capacity, P)  # a launch wants memory to point at
         new = [
-            like.new_empty(B, Hkv, capacity, lay.spec.row_bytes, dtype=torch.uint8) for lay in self._layouts[layer]
+            like.new_empty(B, Hkv, capacity, lay.spec.row_bytes, dtype=torch.uint8)
+            for lay in self._layouts[layer]
         ]
         if old is not None:
             used = self.coded(layer)
@@ -63,7 +64,9 @@ class ContiguousStore(CodeStore):
     def _write(self, layer: int, start: int, key_codes: Tensor, value_codes: Tensor) -> None:
         buffers = self._buffers[layer]
         assert buffers is not None
-        for buffer, layout, codes in zip(buffers, self._layouts[layer], (key_codes, value_codes), strict=True):
+        for buffer, layout, codes in zip(
+            buffers, self._layouts[layer], (key_codes, value_codes), strict=True
+        ):
             buffer[:, :, start : start + codes.shape[2]] = layout.pack(codes)
 
     def _readers(self, layer: int, coded: int) -> tuple[CodeReader, CodeReader]:

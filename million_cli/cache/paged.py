@@ -139,7 +139,8 @@ class PagedStore(CodeStore):
         if old is not None and old[0].shape[0] == total:
             return
         keys, values = (
-            like.new_empty(total, Hkv, *layout.page_shape, dtype=torch.uint8) for layout in self._layouts[layer]
+            like.new_empty(total, Hkv, *layout.page_shape, dtype=torch.uint8)
+            for layout in self._layouts[layer]
         )
         if old is not None:
             n = old[0].shape[0]

@@ -38,8 +38,8 @@ def train_codebook(
         samples: tokens kept a layer for training.
         context_tokens: the text is read in contexts of that many tokens.
         information_tokens: the Fisher information is gathered from about that many.
-        settings: scope, rotation, metric, trainer and seed; the default is a codebook and a transform for each
-            layer and head, fitted in the metric of the Fisher information.
+        settings: scope, rotation, metric, trainer and seed; the default is a codebook and a transform a layer
+            and head, fitted in the metric of the Fisher information.
 
     Raises:
         UserError: a text that is empty, or an argument out of range.

@@ -1,8 +1,8 @@
 """Fisher information of stored keys and values: how much each direction of an error changes the predictions.
 
-For every vector x that a cache would code, g is the gradient of the log-likelihood of tokens that are drawn from
-the model's own next-token distributions, taken through the queries that would see x coded, not those that find it
-still in the exact window.  F = E[g g^T] over vectors, a layer and KV head (see `pq.metric`).
+For every vector x that a cache would code, g is the gradient of the log-likelihood of tokens that are drawn
+from the model's own next-token distributions, taken through the queries that would see x coded, not those
+that find it still in the exact window.  F = E[g g^T] over vectors, a layer and KV head (see `pq.metric`).
 
 Letters: B batch, T tokens, L full-attention layers, Hkv KV heads, D head_dim.
 """
@@ -125,7 +125,7 @@ class _Tap:
 
 
 def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """A token of each position's distribution: logits `[B, T, V]` -> `[B, T, 1]`, by rows, in bounded memory."""
+    """A token of each position's distribution: logits `[B, T, V]` -> `[B, T, 1]`, in bounded memory."""
     rows = [
         torch.multinomial(torch.softmax(part.float(), -1), 1, generator=generator)
         for part in logits.flatten(0, 1).split(256)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -185,32 +186,31 @@ class Samples:
         """The model that was sampled."""
         return ModelFingerprint.from_dict(self.manifest["fingerprint"])
 
-    def shard(self, layer: int) -> dict[str, torch.Tensor]:
-        """A layer's reservoir state, by the model's layer index.
+    def shard(self, layer: int, names: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+        """A layer's reservoir state (or what of it `names` says), by the model's layer index.
 
         Raises:
             UserError: the shard is missing or damaged.
         """
-        return read_safetensors(self.folder / self.manifest["shards"][str(layer)])[0]
+        return read_safetensors(self.folder / self.manifest["shards"][str(layer)], names)[0]
 
-    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values `[Hkv, n, D]` of a layer, by the model's layer index.
+    def layer(self, layer: int, side: str) -> torch.Tensor:
+        """`keys` or `values` `[Hkv, n, D]` of a layer, by the model's layer index.
 
         Raises:
             UserError: the shard is missing, damaged or holds NaN.
         """
-        state = self.shard(layer)
-        for side in ("keys", "values"):
-            if not state[side].isfinite().all():
-                raise UserError(
-                    f"{self.folder}: layer {layer}: the {side} hold NaN or infinity; sample them again"
-                )
-        return state["keys"], state["values"]
+        vectors = self.shard(layer, [side])[side]
+        if not vectors.isfinite().all():
+            raise UserError(
+                f"{self.folder}: layer {layer}: the {side} hold NaN or infinity; sample them again"
+            )
+        return vectors
 
     def sides(self) -> tuple[SampledSide, SampledSide]:
         """Keys and values, each read a layer at a time when asked for."""
         layers = self.fingerprint.layers
-        return SampledSide(self, layers, 0), SampledSide(self, layers, 1)
+        return SampledSide(self, layers, "keys"), SampledSide(self, layers, "values")
 
     def stacked(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `[L, Hkv, n, D]`, L over the full-attention layers.
@@ -233,11 +233,11 @@ class Samples:
 
 @dataclass(frozen=True)
 class SampledSide:
-    """Keys (side 0) or values (1) in a folder of samples, a layer `[Hkv, n, D]` in memory at a time."""
+    """The `keys` or `values` in a folder of samples, a layer `[Hkv, n, D]` in memory at a time."""
 
     samples: Samples
     layers: tuple[int, ...]
-    side: int
+    side: str
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -248,7 +248,7 @@ class SampledSide:
         Raises:
             UserError: as `Samples.layer`.
         """
-        return self.samples.layer(self.layers[i])[self.side]
+        return self.samples.layer(self.layers[i], self.side)
 
 
 @torch.inference_mode()

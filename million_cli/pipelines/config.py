@@ -102,9 +102,9 @@ class QuantizerConfig:
         hadamard: rotate first (`per-token` only).
         scope: one codebook for all (`merged`), per `layer`, or per layer and KV `head`.
         seeding: of k-means: `kmeans++`, or `random` as FAISS does it.
-        bits: mean bits of an element; each layer's keys and values then take the one of `widths` with which the
-            predicted KL divergence is least, instead of their own `dsub` or `M`.  null: as `keys` and `values` say,
-            and so it is where the model gives no gradients to predict from.
+        bits: mean bits of an element; each layer's keys and values then take the one of `widths` with which
+            the predicted KL divergence is least, instead of their own `dsub` or `M`.  null: as `keys` and
+            `values` say, and so it is where the model gives no gradients to predict from.
         widths: dimensions of a subspace to choose from, with `keys.nbits` bits a code.
     """
 
@@ -179,9 +179,9 @@ class SampleConfig:
         reservoir: vectors kept per layer and KV head, for keys and for values.
         repeats: share of windows, beside those of the text, of random tokens that repeat themselves: whatever
             the text is, they show what the model's heads do when they copy.
-        code: share of windows of source code (the shipped `python-excerpt`): codebooks of prose alone lose twice as
-            much on code, and those with some code in them lose nothing on prose.
-        information: tokens, at most, of which the Fisher information is gathered (see `pq.metric`); 0 is none.
+        code: share of windows of source code (the shipped `python-excerpt`): codebooks of prose alone lose
+            twice as much on code, and those with some code in them lose nothing on prose.
+        information: tokens, at most, of which the Fisher information is gathered (see `pq.metric`); 0: none.
     """
 
     tokens: int = 65_536
@@ -199,7 +199,8 @@ class SampleConfig:
             at_least("sample.context", self.context, 2)
         if min(self.repeats, self.code) < 0 or self.repeats + self.code >= 1:
             raise UserError(
-                f"sample.repeats={self.repeats}, sample.code={self.code}: accepted are shares from 0, together below 1"
+                f"sample.repeats={self.repeats}, sample.code={self.code}: accepted are shares from 0, "
+                "together below 1"
             )
         at_least("sample.information", self.information, 0)
 

@@ -119,7 +119,7 @@ def _read(
 
 
 def _gather(information: Information, window: torch.Tensor, wanted: int) -> int:
-    """Add a window to the information; returns the tokens still wanted in all, 0 if there are no gradients."""
+    """Add a window to the information; returns the tokens wanted in all, 0 if there are no gradients."""
     try:
         information.read(window[None])
     except NoGradients as error:
@@ -130,7 +130,7 @@ def _gather(information: Information, window: torch.Tensor, wanted: int) -> int:
 
 
 def _windows(session: Session) -> torch.Tensor:
-    """Token ids `[windows, context]`: of the calibration text, with code and random repetitions spread among them.
+    """Token ids `[windows, context]`: calibration text, with code and random repetitions spread among it.
 
     A text shorter than a window is one window.
     """
@@ -155,7 +155,7 @@ def _windows(session: Session) -> torch.Tensor:
 
 
 def _repeating(n: int, context: int, vocabulary: int, seed: int) -> torch.Tensor:
-    """Windows `[n, context]` of random tokens, each with a period of its own from 1/16 to 1/2 of the context."""
+    """Windows `[n, context]` of random tokens, each with a period of its own, 1/16 to 1/2 of the context."""
     generator = torch.Generator().manual_seed(seed)
     windows = torch.empty(n, context, dtype=torch.int64)
     for window in windows:
@@ -166,6 +166,6 @@ def _repeating(n: int, context: int, vocabulary: int, seed: int) -> torch.Tensor
 
 
 def _interleave(*parts: torch.Tensor) -> torch.Tensor:
-    """The rows of all, each in order and evenly spread, so that a part from the start has all in proportion."""
+    """The rows of all, in order and evenly spread, so that a part from the start has all in proportion."""
     at = torch.cat([(torch.arange(len(part)) + 0.5) / max(1, len(part)) for part in parts])
     return torch.cat(parts)[at.argsort(stable=True)]

@@ -72,7 +72,9 @@ def train(session: Session) -> Path:
         gathered = samples.information()
         information = None if gathered is None else mean_of_state(gathered)
         if information is None and (quantizer.bits is not None or "fisher" in metrics):
-            logger.warning("no Fisher information: plain squared errors and the widths of keys and values instead")
+            logger.warning(
+                "no Fisher information: plain squared errors and the widths of keys and values instead"
+            )
         text = session.text(config.data)
         with progress(1, f"training {quantizer.name}", "k-means") as bar:
 

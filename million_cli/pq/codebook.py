@@ -1,7 +1,7 @@
 """The codebook: centroids and transforms of a model's keys and values, with a card that tells their origin.
 
-One safetensors file: `keys.centroids.<i>` of each layer (of the 0th alone if all layers share them), `keys.encode`
-and `keys.decode`, the same for `values`, float32; the card as JSON.
+One safetensors file: `keys.centroids.<i>` of each layer (of the 0th alone if all layers share them),
+`keys.encode` and `keys.decode`, the same for `values`, float32; the card as JSON.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class ProductQuantizer:
     """One side (keys or values) of all layers.
 
     specs: the codes of each layer; layers may differ in M and nbits unless the scope is merged.
-    centroids: float32 [Hc, M, C, dsub] of each layer, or of all in one (merged); Hc is 1 unless the scope is head.
+    centroids: float32 [Hc, M, C, dsub] of each layer, or once for all (merged); Hc is 1 unless scope is head.
     transform: float32 maps [Lt, Ht, D, D] or None, Lt in {1, L}, Ht in {1, Hkv}.
     """
 
@@ -239,7 +239,9 @@ def _load_side(
     if missing:
         raise damaged(f"{missing[0]} are missing")
     centroids = tuple(tensors[f"{name}.{label}"] for label in tables)
-    maps = {label: tensors[f"{name}.{label}"] for label in ("encode", "decode") if f"{name}.{label}" in tensors}
+    maps = {
+        label: tensors[f"{name}.{label}"] for label in ("encode", "decode") if f"{name}.{label}" in tensors
+    }
     for label, tensor in {**dict(zip(tables, centroids, strict=True)), **maps}.items():
         if not (tensor.dtype == torch.float32 and bool(tensor.isfinite().all())):
             raise damaged(f"{label} are not finite float32 numbers")

@@ -1,6 +1,7 @@
 """Orthogonal rotations applied before the split into subspaces, as matrices R [D, D] with x_rot = x @ R.
 
-A method is one function in `ROTATIONS`: it sees the vectors of one side and the circumstances (`Fit`), and returns [Lr, Hr, D, D] with Lr in {1, L} and Hr in {1, Hkv}, or None for no rotation.
+A method is one function in `ROTATIONS`: it sees the vectors of one side and the circumstances (`Fit`), and
+returns [Lr, Hr, D, D] with Lr in {1, L} and Hr in {1, Hkv}, or None for no rotation.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def fit_transform(
         R = fit_rotation(method, samples, spec, fit)
         return None if R is None else Transform.rotation(R)
     root, inverse = metric_root(information)
-    R = fit_rotation(method, Mapped(samples, root.float()), spec, fit)
+    R = fit_rotation(method, Mapped(samples, root.float().to(fit.device)), spec, fit)
     if R is None:
         return Transform(root.float(), inverse.float())
     R = R.double()

@@ -38,11 +38,10 @@ class TrainSpec:
     """How a codebook is trained.
 
     scope: which layers and heads share centroids; trainer: which k-means; seeding: its seeds (random and 25
-    iterations are FAISS's defaults); rotations: a method of `rotation.ROTATIONS` for each side; metrics: in which the squared error is least,
-    `fisher` where the samples come with their information (see `pq.metric`), else plain for either;
-    alternations: of k-means (torch's) and rotation, for opq; 0 leaves it at its parametric form;
-    max_samples_per_centroid: a problem uses at most about this times C samples, chosen at random (256 is
-    FAISS's limit too); device: where k-means runs.
+    iterations are FAISS's defaults); rotations: a method of `rotation.ROTATIONS` for each side; metrics: in
+    which the squared error is least, `fisher` (see `pq.metric`) or plain; alternations: of k-means (torch's)
+    and rotation, for opq; 0 leaves it at its parametric form; max_samples_per_centroid: a problem uses at
+    most about this times C samples, chosen at random (256 is FAISS's limit too); device: where k-means runs.
 
     Raises:
         UserError: a value outside of what is accepted, or trainer=faiss without FAISS.
@@ -109,8 +108,8 @@ class Budget:
 class TrainedSide:
     """One side, and how well it fits its samples.
 
-    error: [L][Hkv], mean squared error over variance; predicted_kl: [L][Hkv], what an error of one token adds to
-    the KL divergences of the later predictions, to second order, on average; empty without Fisher information.
+    error: [L][Hkv], mean squared error over variance; predicted_kl: [L][Hkv], what the error of one token
+    adds to the KL divergences of later predictions, to second order; empty without Fisher information.
     """
 
     quantizer: ProductQuantizer
@@ -137,8 +136,8 @@ def train_codebook(
     which becomes `euclidean` without it, as the card says, and by a `Budget`.
 
     Raises:
-        UserError: samples that do not fit the fingerprint, no samples, or NaN or infinity among them; a budget
-            with scope merged.
+        UserError: samples that do not fit the fingerprint, no samples, or NaN or infinity among them;
+            a budget with scope merged.
     """
     samples = {"keys": keys, "values": values}
     for name, side in samples.items():
@@ -240,7 +239,9 @@ def train_quantizer(
         errors.append(relative_error(x, difference))
         if information is not None:
             F = information[i].to(x)
-            predicted.append(((difference @ F) * difference).sum(2).mean(1, dtype=torch.float64).div(2).tolist())
+            predicted.append(
+                ((difference @ F) * difference).sum(2).mean(1, dtype=torch.float64).div(2).tolist()
+            )
     return TrainedSide(quantizer, errors, predicted)
 
 
@@ -254,7 +255,9 @@ def relative_error(x: Tensor, difference: Tensor) -> list[float]:
     return (error / torch.where(variance > 0, variance, 1.0)).tolist()
 
 
-def _within(budget: Budget, keys: list[TrainedSide], values: list[TrainedSide]) -> tuple[TrainedSide, TrainedSide]:
+def _within(
+    budget: Budget, keys: list[TrainedSide], values: list[TrainedSide]
+) -> tuple[TrainedSide, TrainedSide]:
     """The best mix of layers of either side, trained with each choice of the budget, that keeps to it."""
     L = len(keys[0].error)
     sizes = [choice.M * choice.nbits for choice in budget.choices]
@@ -276,7 +279,9 @@ def _training_sets(
     samples: LayerSamples, spec: CodeSpec, train: TrainSpec, transform: Transform | None
 ) -> Iterator[Tensor]:
     """Mapped float32 vectors [Hc, n', D] for each set of centroids' layers: L times, or once if merged."""
-    pooled = {"merged": len(samples) * samples[0].shape[0], "layer": samples[0].shape[0], "head": 1}[train.scope]
+    pooled = {"merged": len(samples) * samples[0].shape[0], "layer": samples[0].shape[0], "head": 1}[
+        train.scope
+    ]
     thinned = Thinned(samples, -(-train.max_samples_per_centroid * spec.C // pooled), train.seed)
 
     def layer(i: int) -> Tensor:

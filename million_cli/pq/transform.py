@@ -1,9 +1,9 @@
 """Linear maps of a head's vectors, applied before the split into subspaces.
 
-Stored are the codes of z = x E, and a decoded vector is z D, D the inverse of E.  Keys need not be mapped back:
-the scores are q . (z D) = (q D^T) . z, so the query takes the transpose of D instead.  Values are mapped back
-once, on the attention output, o = o_coded D.  A rotation R is the case E = R, D = R^T, in which queries and keys
-take the same map.  RoPE comes first: what is mapped is what a cache stores.
+Stored are the codes of z = x E, and a decoded vector is z D, D the inverse of E.  Keys need not be mapped
+back: the scores are q . (z D) = (q D^T) . z, so the query takes the transpose of D instead.  Values are
+mapped back once, on the attention output, o = o_coded D.  A rotation R is the case E = R, D = R^T, in which
+queries and keys take the same map.  RoPE comes first: what is mapped is what a cache stores.
 """
 
 from __future__ import annotations

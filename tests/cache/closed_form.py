@@ -36,12 +36,13 @@ def random_layers(
     map_heads: int = HKV,
     head_dim: int = D,
 ) -> list[tuple[LayerPQ, LayerPQ]]:
-    """Quantizers of n layers; `keys` and `values` are (M, nbits)."""
-    k, v = CodeSpec(head_dim, *keys), CodeSpec(head_dim, *values)
-    return [
-        (random_pq(k, heads, map_heads, 2 * i), random_pq(v, heads, map_heads, 2 * i + 1))
-        for i in range(n)
-    ]
+    """Quantizers of n layers; `keys` and `values` are (M, nbits), the other way around in odd layers."""
+    sides = CodeSpec(head_dim, *keys), CodeSpec(head_dim, *values)
+    layers = []
+    for i in range(n):
+        k, v = sides[:: -1 if i % 2 else 1]
+        layers.append((random_pq(k, heads, map_heads, 2 * i), random_pq(v, heads, map_heads, 2 * i + 1)))
+    return layers
 
 
 def random_qkv(
@@ -72,7 +73,7 @@ def cropped(x: Tensor, pq: LayerPQ, window: WindowSpec, length: int) -> Tensor:
 def assert_holds(store: CodeStore, k: Tensor, v: Tensor, layer: int = 0, tolerance: float = 0.0) -> None:
     """The layer holds k and v: the oldest as codes, the rest exactly, cut as the closed form says.
 
-    `tolerance` is for the exact part after a crop, where undoing the transform rounds by the number of tokens.
+    `tolerance` is for the exact part after a crop, where undoing a transform rounds by the number of tokens.
     """
     length, coded = k.shape[2], store.window.coded_length(k.shape[2])
     assert (store.length(layer), store.coded(layer)) == (length, coded)

@@ -406,9 +406,9 @@ def test_memory_is_the_bytes_of_the_tensors(Store, dtype):
         memory = store.memory()
         assert memory["total"] == sum(t.untyped_storage().nbytes() for t in tensors_in(store))
         assert memory["total"] == sum(size for name, size in memory.items() if name != "total")
-    vectors = L * B * HKV * SMALL.coded_length(T)
-    assert memory["key_codes"] == vectors * 4 * 4 / 8
-    assert memory["value_codes"] == vectors * 4 * 6 / 8
+    vectors = B * HKV * SMALL.coded_length(T)
+    assert memory["key_codes"] == vectors * (4 * 4 + 4 * 6) / 8  # the layers' codes are swapped
+    assert memory["value_codes"] == vectors * (4 * 6 + 4 * 4) / 8
     assert memory["window"] == 2 * L * B * HKV * SMALL.residual * D * dtype.itemsize
     assert memory["pool_reserved"] <= 0.3 * (memory["key_codes"] + memory["value_codes"])
     assert store.bits == (4 * 4 + 4 * 6) / D / 2

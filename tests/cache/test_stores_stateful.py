@@ -43,9 +43,7 @@ class Stores(RuleBasedStateMachine):
         self.window, self.prefill = window, prefill
         codes = {"keys": (32, 8), "values": (16, 8)} if ops == "fragments" else {"values": (2, 5)}
         self.head_dim = 64 if ops == "fragments" else D
-        self.layers = random_layers(
-            LAYERS, map_heads=HKV if mapped else 0, head_dim=self.head_dim, **codes
-        )
+        self.layers = random_layers(LAYERS, map_heads=HKV if mapped else 0, head_dim=self.head_dim, **codes)
         self.contiguous = ContiguousStore(
             self.layers, window, prefill=prefill, ops=TorchOps("contiguous") if ops else None
         )

@@ -44,6 +44,7 @@ class Case:
     m_keys: int = 64
     m_values: int = 64
     mapped: bool = True
+    mixed: bool = False
     window: WindowSpec = SMALL
 
 
@@ -57,6 +58,7 @@ CASES = [
     Case(64, 4, BF16, 32, 16, window=WindowSpec(64, 128)),
     Case(64, 8, F16, 16, 32, mapped=False),
     Case(window=WindowSpec(48, 144)),
+    Case(m_values=32, mixed=True),
 ]
 
 
@@ -78,7 +80,7 @@ def models(case: Case) -> tuple[PreTrainedModel, PreTrainedModel, Codebook]:
         "initializer_range": hidden**-0.5,  # K and V as large as the centroids
     }
     model = random_model(config, dtype=case.dtype, device=DEVICE)
-    codebook = random_codebook(model, (case.m_keys, 8), (case.m_values, 8), case.mapped)
+    codebook = random_codebook(model, (case.m_keys, 8), (case.m_values, 8), case.mapped, case.mixed)
     return model, copy.deepcopy(model).float(), codebook
 
 

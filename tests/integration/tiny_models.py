@@ -82,7 +82,9 @@ def quantise(x: Tensor, quantizer: ProductQuantizer, layer: int) -> Tensor:
     for head in range(Hkv):
         there = back = torch.eye(D).double()
         if quantizer.transform is not None:
-            there, back = (m[layer, head].double() for m in (quantizer.transform.encode, quantizer.transform.decode))
+            there, back = (
+                m[layer, head].double() for m in (quantizer.transform.encode, quantizer.transform.decode)
+            )
         parts = (x[:, head] @ there).unflatten(-1, (spec.M, spec.dsub))
         centroids = quantizer.centroids[layer][head].double()
         nearest = torch.stack(

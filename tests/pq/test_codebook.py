@@ -136,15 +136,24 @@ def edit_tensors(change):
         (edit_card(lambda c: c["meta"].pop("tokens")), "damaged card"),
         (edit_card(lambda c: c["meta"]["fingerprint"].update(layers=3)), "damaged card"),
         (edit_card(lambda c: c.pop("values")), "damaged card: KeyError: 'values'"),
-        (edit_card(lambda c: c["keys"]["specs"][1].update(M=3)), "damaged card: UserError: M=3 does not divide"),
+        (
+            edit_card(lambda c: c["keys"]["specs"][1].update(M=3)),
+            "damaged card: UserError: M=3 does not divide",
+        ),
         (edit_card(lambda c: c["keys"].update(scope="both")), "keys: scope='both', accepted are merged"),
         (
             edit_card(lambda c: c["keys"]["specs"][0].update(nbits=4)),
             r"keys: centroids.0 have shape \[2, 4, 8, 2\], expected \[2, 4, 16, 2\]",
         ),
-        (edit_card(lambda c: c["keys"]["specs"][2].update(head_dim=16)), "keys: head_dim=16, but the model has 8"),
+        (
+            edit_card(lambda c: c["keys"]["specs"][2].update(head_dim=16)),
+            "keys: head_dim=16, but the model has 8",
+        ),
         (edit_card(lambda c: c["keys"]["specs"].pop()), "keys: 2 layers, but the model has 3"),
-        (edit_card(lambda c: c["keys"].update(scope="merged")), "keys: layers that share centroids have diff"),
+        (
+            edit_card(lambda c: c["keys"].update(scope="merged")),
+            "keys: layers that share centroids have diff",
+        ),
         (edit_card(lambda c: c["values"].update(scope="head")), r"values: centroids.0 have shape \[1, "),
         (edit_tensors(lambda t: t.pop("values.centroids.1")), "values: centroids.1 are missing"),
         (

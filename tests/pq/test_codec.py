@@ -25,7 +25,9 @@ def make(D, M, nbits, Hc=1, Hr=0, seed=0):
     spec = CodeSpec(D, M, nbits)
     offset = torch.randn(D) * 10
     centroids = torch.randn(Hc, M, spec.C, spec.dsub) + offset.view(M, 1, spec.dsub)
-    transform = Transform.rotation(torch.stack([random_hadamard(D, h).float() for h in range(Hr)])) if Hr else None
+    transform = (
+        Transform.rotation(torch.stack([random_hadamard(D, h).float() for h in range(Hr)])) if Hr else None
+    )
     return LayerPQ(spec, centroids, transform), torch.randn(B, H, T, D, dtype=torch.float64) + offset
 
 

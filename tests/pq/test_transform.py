@@ -24,7 +24,9 @@ def random_maps(*shape, seed=0):
 
 def information(rank, seed=0):
     """Positive semidefinite [H, D, D] of the given rank, axes turned by head."""
-    gradients = torch.randn(H, rank, D, generator=torch.Generator().manual_seed(seed)) * torch.logspace(0, -2, D)
+    gradients = torch.randn(H, rank, D, generator=torch.Generator().manual_seed(seed)) * torch.logspace(
+        0, -2, D
+    )
     return (gradients @ random_maps(H, seed=seed + 1).float()).double().mT @ (
         gradients @ random_maps(H, seed=seed + 1).float()
     ).double()
