@@ -23,14 +23,16 @@ def random_codebook(
     mixed: the other way around in every other layer.
     """
     print_ = fingerprint(model)
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(4)
     L, Hkv, D = len(print_.layers), print_.num_kv_heads, print_.head_dim
 
     def side(*shapes: tuple[int, int]) -> ProductQuantizer:
         specs = tuple(CodeSpec(D, *shapes[i % 2 if mixed else 0]) for i in range(L))
         centroids = [torch.randn(Hkv, s.M, s.C, s.dsub, generator=generator) for s in specs]
         maps = torch.linalg.qr(torch.randn(L, Hkv, D, D, generator=generator))[0]
-        maps = maps * (0.8 + 0.4 * torch.rand(L, Hkv, 1, D, generator=generator))  # not a rotation: keys != queries
+        maps = maps * (
+            0.8 + 0.4 * torch.rand(L, Hkv, 1, D, generator=generator)
+        )  # not a rotation: keys != queries
         transform = Transform.invertible(maps) if mapped else None
         return ProductQuantizer(specs, "head", tuple(centroids), transform)
 
