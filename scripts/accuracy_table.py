@@ -54,6 +54,8 @@ def table(rows: list[dict[str, str]]) -> list[dict[str, str]]:
         if row.get("status") == "ok" and row.get("kl_e3"):
             is_pq = row["config.quantizer.kind"] == "pq"
             settings = {name: row.get(key, "") if is_pq else "" for name, key in SETTINGS.items()}
+            if not settings["budget_bits"]:
+                settings["widths"] = ""  # nothing to choose
             text = Path(row.get("config.task.path") or row["config.task.dataset"]).name
             measured = {column: row.get(column, "") for column in COLUMNS}
             lines.append({"quantizer": row["config.quantizer.name"], "text": text, **settings, **measured})
