@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,8 +77,10 @@ def write_safetensors(
         mode.unlink()
 
 
-def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors (on the CPU) and metadata of a safetensors file.
+def read_safetensors(
+    path: str | os.PathLike[str], names: Sequence[str] | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors (on the CPU; all, or those of `names`) and metadata of a safetensors file.
 
     Raises:
         UserError: the file is missing, unreadable or not a safetensors file.
@@ -90,6 +92,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tens
         raise UserError(f"no such file: {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            wanted = file.keys() if names is None else names
+            return {name: file.get_tensor(name) for name in wanted}, file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a readable safetensors file: {error}") from error

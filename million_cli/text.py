@@ -16,7 +16,7 @@ from pathlib import Path
 from million_cli.errors import UserError
 
 EXCERPTS = Path(__file__).resolve().parent / "assets" / "text"
-"""Where the shipped WikiText-2 excerpts lie (attribution beside them)."""
+"""Where the shipped excerpts lie (attribution beside them)."""
 
 SUFFIXES = (".txt", ".txt.xz", ".xz", ".md")
 """Files that a folder is searched for."""
@@ -119,9 +119,9 @@ def synthetic_text(seed: int, chars: int = 40_000) -> str:
     return " ".join(sentences)[:chars]
 
 
-def _excerpt(split: str) -> Callable[[TextConfig], str]:
+def _excerpt(name: str) -> Callable[[TextConfig], str]:
     def read(config: TextConfig) -> str:
-        return read_path(EXCERPTS / f"wikitext2-{split}-excerpt.txt")
+        return read_path(EXCERPTS / f"{name}.txt")
 
     return read
 
@@ -177,8 +177,10 @@ def _from_hub(config: TextConfig) -> str:
 
 
 DATASETS: dict[str, Callable[[TextConfig], str]] = {
-    "wikitext2-test-excerpt": _excerpt("test"),
-    "wikitext2-valid-excerpt": _excerpt("valid"),
+    **{
+        name: _excerpt(name)
+        for name in ("wikitext2-test-excerpt", "wikitext2-valid-excerpt", "python-excerpt")
+    },
     "synthetic": lambda config: synthetic_text(config.seed),
     **dict.fromkeys(HUB, _from_hub),
 }

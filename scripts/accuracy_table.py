@@ -2,7 +2,7 @@
 
     python scripts/accuracy_table.py outputs/results.csv results/reference-accuracy.csv
 
-A text is "like" the calibration's if the configuration names none of its own (`task.path`), else "unlike".
+The text is that of the file or data set which the measurement read.
 """
 
 from __future__ import annotations
@@ -37,6 +37,12 @@ SETTINGS = {
     "scope": "config.quantizer.scope",
     "key_rotation": "config.quantizer.keys.rotation",
     "value_rotation": "config.quantizer.values.rotation",
+    "key_metric": "config.quantizer.keys.metric",
+    "value_metric": "config.quantizer.values.metric",
+    "budget_bits": "config.quantizer.bits",
+    "widths": "config.quantizer.widths",
+    "code_share": "config.sample.code",
+    "repeats_share": "config.sample.repeats",
     "alternations": "config.train.alternations",
 }
 
@@ -48,7 +54,9 @@ def table(rows: list[dict[str, str]]) -> list[dict[str, str]]:
         if row.get("status") == "ok" and row.get("kl_e3"):
             is_pq = row["config.quantizer.kind"] == "pq"
             settings = {name: row.get(key, "") if is_pq else "" for name, key in SETTINGS.items()}
-            text = "unlike" if row.get("config.task.path") else "like"
+            if not settings["budget_bits"]:
+                settings["widths"] = ""  # nothing to choose
+            text = Path(row.get("config.task.path") or row["config.task.dataset"]).name
             measured = {column: row.get(column, "") for column in COLUMNS}
             lines.append({"quantizer": row["config.quantizer.name"], "text": text, **settings, **measured})
     return sorted(lines, key=lambda line: (line["text"], float(line["kl_e3"])))

@@ -1,4 +1,4 @@
-"""Codebooks of random centroids and rotations, for tests of caches."""
+"""Codebooks of random centroids and transforms, for tests of caches."""
 
 from __future__ import annotations
 
@@ -7,22 +7,34 @@ from transformers import PreTrainedModel
 
 from million_cli.integration.models import fingerprint
 from million_cli.pq.codebook import Codebook, CodebookMeta, ProductQuantizer
+from million_cli.pq.transform import Transform
 from million_cli.spec import CodeSpec
 
 
 def random_codebook(
-    model: PreTrainedModel, keys: tuple[int, int], values: tuple[int, int], rotated: bool = True
+    model: PreTrainedModel,
+    keys: tuple[int, int],
+    values: tuple[int, int],
+    mapped: bool = True,
+    mixed: bool = False,
 ) -> Codebook:
-    """Normal centroids, orthogonal rotations, a layer and head; `keys` and `values` are (M, nbits)."""
+    """Normal centroids, invertible transforms, a layer and head; `keys` and `values` are (M, nbits).
+
+    mixed: the other way around in every other layer.
+    """
     print_ = fingerprint(model)
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(4)
     L, Hkv, D = len(print_.layers), print_.num_kv_heads, print_.head_dim
 
-    def side(M: int, nbits: int) -> ProductQuantizer:
-        spec = CodeSpec(D, M, nbits)
-        centroids = torch.randn(L, Hkv, M, spec.C, spec.dsub, generator=generator)
-        rotation = torch.linalg.qr(torch.randn(L, Hkv, D, D, generator=generator))[0] if rotated else None
-        return ProductQuantizer(spec, "head", centroids, rotation)
+    def side(*shapes: tuple[int, int]) -> ProductQuantizer:
+        specs = tuple(CodeSpec(D, *shapes[i % 2 if mixed else 0]) for i in range(L))
+        centroids = [torch.randn(Hkv, s.M, s.C, s.dsub, generator=generator) for s in specs]
+        maps = torch.linalg.qr(torch.randn(L, Hkv, D, D, generator=generator))[0]
+        maps = maps * (
+            0.8 + 0.4 * torch.rand(L, Hkv, 1, D, generator=generator)
+        )  # not a rotation: keys != queries
+        transform = Transform.invertible(maps) if mapped else None
+        return ProductQuantizer(specs, "head", tuple(centroids), transform)
 
     meta = CodebookMeta(
         fingerprint=print_,
@@ -36,7 +48,9 @@ def random_codebook(
         iterations=0,
         key_rotation="random",
         value_rotation="random",
+        key_metric="euclidean",
+        value_metric="euclidean",
         key_error=[],
         value_error=[],
     )
-    return Codebook(side(*keys), side(*values), meta)
+    return Codebook(side(keys, values), side(values, keys), meta)

@@ -25,19 +25,22 @@ def test_measurements_are_sorted_and_the_rest_left_out(tmp_path):
             "config.quantizer.scope": "head",
             "config.quantizer.keys.rotation": "opq",
             "config.task.path": path,
+            "config.task.dataset": "some-text",
+            "config.sample.code": 0.3,
         }
 
     rows = [
         row("b", "pq", 10.5),
         row("a", "fp8", 9.5),
-        row("c", "pq", 1.0, path="code.py"),
+        row("c", "pq", 1.0, path="folder/code.py"),
         row("d", "pq", 0.1, status="failed"),
         row("e", "dense", ""),
     ]
     write_rows(tmp_path / "results.csv", rows)
     lines = script.table(read_rows(tmp_path / "results.csv")[1])
     assert [(line["quantizer"], line["text"], line["key_rotation"]) for line in lines] == [
-        ("a", "like", ""),
-        ("b", "like", "opq"),
-        ("c", "unlike", "opq"),
+        ("c", "code.py", "opq"),
+        ("a", "some-text", ""),
+        ("b", "some-text", "opq"),
     ]
+    assert [line["code_share"] for line in lines] == ["0.3", "", "0.3"]

@@ -66,11 +66,11 @@ def test_train_codebook_takes_sides_apart(reference: Path) -> None:
         model, tokenizer, text, (16, 8), (4, 3), samples=128, settings=settings
     )
     assert isinstance(codebook, Codebook)
-    assert (codebook.spec.keys.M, codebook.spec.keys.nbits) == (16, 4)
-    assert (codebook.spec.values.M, codebook.spec.values.nbits) == (8, 3)
+    assert (codebook.specs[0].keys.M, codebook.specs[1].keys.nbits) == (16, 4)
+    assert (codebook.specs[0].values.M, codebook.specs[1].values.nbits) == (8, 3)
     assert codebook.meta.tokens == len(tokenizer(text).input_ids)
     assert codebook.meta.seed == 3
-    assert million_cli.DynamicPQCache(model, codebook).bits == codebook.spec.bits_per_element
+    assert million_cli.DynamicPQCache(model, codebook).bits == codebook.bits_per_element
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,8 @@ class ContiguousStore(CodeStore):
         super().__init__(layers, window, prefill=prefill, backend=backend, ops=ops)
         self._reserved_tokens = self.window.coded_length(max_length or 0)
         P = self.window.page_size
-        self._layouts = (RowLayout(self.spec.keys, P), RowLayout(self.spec.values, P))
-        assert ops is None or ops.layouts(self.spec, P) == self._layouts
+        self._layouts = [(RowLayout(spec.keys, P), RowLayout(spec.values, P)) for spec in self.specs]
+        assert ops is None or [ops.layouts(spec, P) for spec in self.specs] == self._layouts
         self._buffers: list[tuple[Tensor, Tensor] | None] = [None] * self.num_layers
 
     def _reserve(self, layer: int, coded: int, like: Tensor) -> None:
@@ -52,7 +52,8 @@ class ContiguousStore(CodeStore):
         if self.ops is not None:
             capacity = max(capacity, P)  # a launch wants memory to point at
         new = [
-            like.new_empty(B, Hkv, capacity, lay.spec.row_bytes, dtype=torch.uint8) for lay in self._layouts
+            like.new_empty(B, Hkv, capacity, lay.spec.row_bytes, dtype=torch.uint8)
+            for lay in self._layouts[layer]
         ]
         if old is not None:
             used = self.coded(layer)
@@ -63,15 +64,17 @@ class ContiguousStore(CodeStore):
     def _write(self, layer: int, start: int, key_codes: Tensor, value_codes: Tensor) -> None:
         buffers = self._buffers[layer]
         assert buffers is not None
-        for buffer, layout, codes in zip(buffers, self._layouts, (key_codes, value_codes), strict=True):
+        for buffer, layout, codes in zip(
+            buffers, self._layouts[layer], (key_codes, value_codes), strict=True
+        ):
             buffer[:, :, start : start + codes.shape[2]] = layout.pack(codes)
 
     def _readers(self, layer: int, coded: int) -> tuple[CodeReader, CodeReader]:
         buffers = self._buffers[layer]
         assert buffers is not None
         return (
-            ContiguousCodes(buffers[0], self._layouts[0], coded),
-            ContiguousCodes(buffers[1], self._layouts[1], coded),
+            ContiguousCodes(buffers[0], self._layouts[layer][0], coded),
+            ContiguousCodes(buffers[1], self._layouts[layer][1], coded),
         )
 
     def _code_tensors(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None]:

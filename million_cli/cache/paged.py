@@ -52,11 +52,12 @@ class PagedStore(CodeStore):
         super().__init__(layers, window, prefill=prefill, backend=backend, ops=ops)
         self.max_pages = max_pages
         P = self.window.page_size
-        self._layouts: tuple[Layout, Layout] = (
-            (RowLayout(self.spec.keys, P), TransposedLayout(self.spec.values, P))
+        self._layouts: list[tuple[Layout, Layout]] = [
+            (RowLayout(spec.keys, P), TransposedLayout(spec.values, P))
             if ops is None
-            else ops.layouts(self.spec, P)
-        )
+            else ops.layouts(spec, P)
+            for spec in self.specs
+        ]
         self._manager = PageManager(max_pages or 0)
         self._pools: list[tuple[Tensor, Tensor] | None] = [None] * self.num_layers
         self._pages = 0  # columns of the block table in use: pages a sequence, of the longest layer
@@ -138,7 +139,8 @@ class PagedStore(CodeStore):
         if old is not None and old[0].shape[0] == total:
             return
         keys, values = (
-            like.new_empty(total, Hkv, *layout.page_shape, dtype=torch.uint8) for layout in self._layouts
+            like.new_empty(total, Hkv, *layout.page_shape, dtype=torch.uint8)
+            for layout in self._layouts[layer]
         )
         if old is not None:
             n = old[0].shape[0]
@@ -163,7 +165,7 @@ class PagedStore(CodeStore):
         P = self.window.page_size
         first, n = start // P, key_codes.shape[2] // P
         ids = self.block_table(key_codes.device)[:, first : first + n].flatten().long()
-        for pool, layout, codes in zip(pools, self._layouts, (key_codes, value_codes), strict=True):
+        for pool, layout, codes in zip(pools, self._layouts[layer], (key_codes, value_codes), strict=True):
             by_page = codes.unflatten(2, (n, P)).transpose(1, 2)  # [B, n, Hkv, P, M]
             pool.index_copy_(0, ids, layout.pack(by_page).flatten(0, 1))
 
@@ -172,8 +174,8 @@ class PagedStore(CodeStore):
         assert pools is not None
         table = self.block_table(pools[0].device)
         return (
-            PagedCodes(pools[0], table, self._layouts[0], coded),
-            PagedCodes(pools[1], table, self._layouts[1], coded),
+            PagedCodes(pools[0], table, self._layouts[layer][0], coded),
+            PagedCodes(pools[1], table, self._layouts[layer][1], coded),
         )
 
     def _truncate(self) -> None:

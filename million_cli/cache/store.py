@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -89,13 +90,14 @@ class CodeStore(ABC):
         return len(self._layers)
 
     @property
-    def spec(self) -> PQSpec:
-        return PQSpec(self._layers[0].keys.spec, self._layers[0].values.spec)
+    def specs(self) -> list[PQSpec]:
+        """The codes of each layer."""
+        return [PQSpec(state.keys.spec, state.values.spec) for state in self._layers]
 
     @property
     def bits(self) -> float:
         """Nominal code bits per element, mean of keys and values; window and codebooks are not in it."""
-        return self.spec.bits_per_element
+        return fmean(spec.bits_per_element for spec in self.specs)
 
     def length(self, layer: int = 0) -> int:
         """Tokens a sequence held by a layer."""

@@ -23,7 +23,7 @@ class KVView:
 
     Attributes:
         key_codes, value_codes: codes of the tokens 0 .. coded - 1 (never dense).
-        pq_keys, pq_values: the codebooks and rotations that decode them.
+        pq_keys, pq_values: the codebooks and transforms that decode them.
         exact: gives `keys` and `values` when they are first asked for; a compiled kernel never does.
         exact_start: equals boundaries[0].
         length: tokens a sequence, the new ones included.
@@ -47,7 +47,7 @@ class KVView:
 
     @property
     def keys(self) -> Tensor:
-        """Exact, unrotated `[B, Hkv, length - exact_start, D]` of the tokens from exact_start on."""
+        """Exact `[B, Hkv, length - exact_start, D]` of the tokens from exact_start on."""
         return self._exact[0]
 
     @property

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class ResidualWindow:
-    """Keys and values `[B, Hkv, R, D]` in the model's dtype, unrotated; position t is in slot t mod R.
+    """Keys and values `[B, Hkv, R, D]` in the model's dtype, as they came; position t is in slot t mod R.
 
     Nothing is ever shifted: a token is written once and overwritten R tokens later.  Which positions are
     valid is the store's knowledge.

@@ -118,7 +118,7 @@ class PQCache(Cache):
             request.store,
             device,
             dtype,
-            codebook.spec,
+            codebook.specs,
             window or WindowSpec(),
             ours.num_kv_heads,
             text_config.num_attention_heads // ours.num_kv_heads,
@@ -210,7 +210,7 @@ class PQCache(Cache):
                 strict cache would have to fall back.
         """
         if self.store.batch is None:
-            expected = (self._query.num_kv_heads, self._query.spec.keys.head_dim)
+            expected = (self._query.num_kv_heads, self._query.specs[0].keys.head_dim)
             if (keys.shape[1], keys.shape[3]) != expected:
                 raise UserError(
                     f"(KV heads, head_dim)={(keys.shape[1], keys.shape[3])}: the codebook is for {expected}"

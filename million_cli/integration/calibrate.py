@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from million_cli.errors import UserError
+from million_cli.integration.information import Information, NoGradients
 from million_cli.integration.sampling import SamplingCache, read_text
 from million_cli.pq import train
 from million_cli.pq.codebook import Codebook
@@ -24,6 +25,7 @@ def train_codebook(
     *,
     samples: int = 16384,
     context_tokens: int = 2048,
+    information_tokens: int = 32768,
     settings: train.TrainSpec | None = None,
 ) -> Codebook:
     """Let `model` read `text`, sample its K and V, and train a codebook on them.
@@ -35,12 +37,16 @@ def train_codebook(
         nbits: bits of a code, likewise; bits an element are M * nbits / head_dim.
         samples: tokens kept a layer for training.
         context_tokens: the text is read in contexts of that many tokens.
-        settings: scope, rotation, trainer and seed; the default is a codebook for each layer and head.
+        information_tokens: the Fisher information is gathered from about that many.
+        settings: scope, rotation, metric, trainer and seed; the default is a codebook and a transform a layer
+            and head, fitted in the metric of the Fisher information.
 
     Raises:
         UserError: a text that is empty, or an argument out of range.
     """
-    settings = settings or train.TrainSpec()
+    settings = settings or train.TrainSpec(
+        key_rotation="opq", value_rotation="opq", key_metric="fisher", value_metric="fisher"
+    )
     if context_tokens < 1:
         raise UserError(f"context_tokens={context_tokens}: accepted are 1 and more")
     cache = SamplingCache(model, samples, settings.seed)
@@ -50,8 +56,16 @@ def train_codebook(
     token_ids = torch.tensor(tokenizer(text, verbose=False).input_ids, dtype=torch.long)
     if not len(token_ids):
         raise UserError("the calibration text is empty")
+    information = Information(model, seed=settings.seed)
+    differentiable = "fisher" in (settings.key_metric, settings.value_metric)
     for context in token_ids.split(context_tokens):
         read_text(model, cache, context[None])
+        if differentiable and information.read_tokens < information_tokens:
+            try:
+                information.read(context[None])
+            except NoGradients:  # the card says that the metric is the plain one
+                differentiable = False
+                information.forget()
     keys, values = cache.samples()
     return train.train_codebook(
         keys,
@@ -59,6 +73,7 @@ def train_codebook(
         spec,
         cache.fingerprint,
         settings,
+        information=information.mean(),
         calibration=f"{len(text)} characters given by the caller",
         calibration_sha256=hashlib.sha256(text.encode("utf-8")).hexdigest(),
         tokens=len(token_ids),

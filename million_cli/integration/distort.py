@@ -46,7 +46,7 @@ class DistortCache(Cache):
     def __init__(self, model: PreTrainedModel, codebook: Codebook) -> None:
         ours = fingerprint(model)
         codebook.check(ours)
-        self.bits = codebook.spec.bits_per_element
+        self.bits = codebook.bits_per_element
         layers = DynamicCache(config=model.config).layers
         for position, index in enumerate(ours.layers):
             layers[index] = DistortLayer(codebook.keys.layer(position), codebook.values.layer(position))

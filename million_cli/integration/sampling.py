@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from million_cli.integration.reservoir import Reservoir
 from million_cli.spec import ModelFingerprint
 
 _MANIFEST = "manifest.json"
-_FORMAT = 1
+_INFORMATION = "information"
+_FORMAT = 2
 
 
 class SamplingLayer(DynamicLayer):
@@ -91,7 +93,12 @@ class SamplingCache(Cache):
         contents = [reservoir.contents() for reservoir in self.reservoirs.values()]
         return torch.stack([keys for keys, _ in contents]), torch.stack([values for _, values in contents])
 
-    def save(self, folder: Path, progress: dict[str, Any] | None = None) -> None:
+    def save(
+        self,
+        folder: Path,
+        progress: dict[str, Any] | None = None,
+        information: dict[str, torch.Tensor] | None = None,
+    ) -> None:
         """Write the sample and all that `resume` needs: one safetensors shard a layer, then the manifest.
 
         The manifest is what makes a set of shards current, and is replaced in one step: a run killed at any
@@ -99,6 +106,7 @@ class SamplingCache(Cache):
 
         Args:
             progress: what the caller needs to go on with the text, as JSON values.
+            information: `Information.state()` gathered from the same text, for a shard of its own.
 
         Raises:
             UserError: nothing was sampled yet, or the folder cannot be written.
@@ -110,6 +118,9 @@ class SamplingCache(Cache):
             name = f"layer-{index:03d}.{generation}.safetensors"
             write_safetensors(folder / name, reservoir.state())
             shards[str(index)] = name
+        if information is not None:
+            shards[_INFORMATION] = f"{_INFORMATION}.{generation}.safetensors"
+            write_safetensors(folder / shards[_INFORMATION], information)
         manifest = {
             "format": _FORMAT,
             "generation": generation,
@@ -121,7 +132,7 @@ class SamplingCache(Cache):
             "progress": progress or {},
         }
         write_text(folder / _MANIFEST, json.dumps(manifest, indent=1) + "\n")
-        for shard in folder.glob("layer-*.*.safetensors"):
+        for shard in (*folder.glob("layer-*.*.safetensors"), *folder.glob(f"{_INFORMATION}.*.safetensors")):
             if shard.name not in shards.values():
                 shard.unlink(missing_ok=True)
 
@@ -175,27 +186,31 @@ class Samples:
         """The model that was sampled."""
         return ModelFingerprint.from_dict(self.manifest["fingerprint"])
 
-    def shard(self, layer: int) -> dict[str, torch.Tensor]:
-        """A layer's reservoir state, by the model's layer index.
+    def shard(self, layer: int, names: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+        """A layer's reservoir state (or what of it `names` says), by the model's layer index.
 
         Raises:
             UserError: the shard is missing or damaged.
         """
-        return read_safetensors(self.folder / self.manifest["shards"][str(layer)])[0]
+        return read_safetensors(self.folder / self.manifest["shards"][str(layer)], names)[0]
 
-    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values `[Hkv, n, D]` of a layer, by the model's layer index.
+    def layer(self, layer: int, side: str) -> torch.Tensor:
+        """`keys` or `values` `[Hkv, n, D]` of a layer, by the model's layer index.
 
         Raises:
             UserError: the shard is missing, damaged or holds NaN.
         """
-        state = self.shard(layer)
-        for side in ("keys", "values"):
-            if not state[side].isfinite().all():
-                raise UserError(
-                    f"{self.folder}: layer {layer}: the {side} hold NaN or infinity; sample them again"
-                )
-        return state["keys"], state["values"]
+        vectors = self.shard(layer, [side])[side]
+        if not vectors.isfinite().all():
+            raise UserError(
+                f"{self.folder}: layer {layer}: the {side} hold NaN or infinity; sample them again"
+            )
+        return vectors
+
+    def sides(self) -> tuple[SampledSide, SampledSide]:
+        """Keys and values, each read a layer at a time when asked for."""
+        layers = self.fingerprint.layers
+        return SampledSide(self, layers, "keys"), SampledSide(self, layers, "values")
 
     def stacked(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `[L, Hkv, n, D]`, L over the full-attention layers.
@@ -203,8 +218,37 @@ class Samples:
         Raises:
             UserError: as `layer`.
         """
-        layers = [self.layer(index) for index in self.fingerprint.layers]
-        return torch.stack([keys for keys, _ in layers]), torch.stack([values for _, values in layers])
+        keys, values = (torch.stack([side[i] for i in range(len(side))]) for side in self.sides())
+        return keys, values
+
+    def information(self) -> dict[str, torch.Tensor] | None:
+        """The `Information.state()` saved with the samples, if any.
+
+        Raises:
+            UserError: its shard is missing or damaged.
+        """
+        shard = self.manifest["shards"].get(_INFORMATION)
+        return None if shard is None else read_safetensors(self.folder / shard)[0]
+
+
+@dataclass(frozen=True)
+class SampledSide:
+    """The `keys` or `values` in a folder of samples, a layer `[Hkv, n, D]` in memory at a time."""
+
+    samples: Samples
+    layers: tuple[int, ...]
+    side: str
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        """The i-th full-attention layer.
+
+        Raises:
+            UserError: as `Samples.layer`.
+        """
+        return self.samples.layer(self.layers[i], self.side)
 
 
 @torch.inference_mode()

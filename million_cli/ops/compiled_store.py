@@ -22,18 +22,23 @@ class _Tables:
     """A quantizer in the forms that the kernels read.
 
     centroids: float32 [Hc, M, 256, dsub], to encode; by_code: float16 [Hc, 256, D], to decode;
-    rotation: float32 [Hr, D, D] or None.
+    on_vectors, on_queries: float32 [Ht, D, D] or None, what the kernels call a rotation: R of x R when they
+    encode, and R of q R and o R^T when they attend, the inverse transpose of the former (see `pq.transform`).
     """
 
     centroids: Tensor
     by_code: Tensor
-    rotation: Tensor | None
+    on_vectors: Tensor | None
+    on_queries: Tensor | None
 
     @classmethod
     def of(cls, pq: LayerPQ) -> _Tables:
-        rotation = None if pq.rotation is None else pq.rotation.to(torch.float32).contiguous()
         centroids = pq.centroids.to(torch.float32).contiguous()
-        return cls(centroids, compiled.code_major(centroids), rotation)
+        tables = centroids, compiled.code_major(centroids)
+        if pq.transform is None:
+            return cls(*tables, None, None)
+        maps = pq.transform.encode, pq.transform.decode.mT
+        return cls(*tables, *(one.to(torch.float32).contiguous() for one in maps))
 
 
 class _Compiled(ABC):
@@ -68,7 +73,7 @@ class _Compiled(ABC):
             compiled.pq_encode(
                 x,
                 tables.centroids,
-                tables.rotation,
+                tables.on_vectors,
                 codes,
                 layer.block_table,
                 start=start,
@@ -89,8 +94,8 @@ class _Compiled(ABC):
             layer.block_table,
             of_keys.centroids,
             of_values.centroids,
-            of_keys.rotation,
-            of_values.rotation,
+            of_keys.on_vectors,
+            of_values.on_vectors,
             page_size=layer.page_size,
             key_layout=self.code_layouts[0],
             value_layout=self.code_layouts[1],
@@ -137,8 +142,8 @@ class CompiledPaged(_Compiled):
             first_valid,
             of_keys.by_code,
             of_values.by_code,
-            of_keys.rotation,
-            of_values.rotation,
+            of_keys.on_queries,
+            of_values.on_queries,
             layer.key_window,
             layer.value_window,
             plan,
@@ -175,8 +180,8 @@ class CompiledContiguous(_Compiled):
             first_valid,
             of_keys.by_code,
             of_values.by_code,
-            of_keys.rotation,
-            of_values.rotation,
+            of_keys.on_queries,
+            of_values.on_queries,
             layer.key_window,
             layer.value_window,
             plan,

@@ -9,8 +9,8 @@ For a query q at position t of a head (equations of the method: MILLION, DAC 202
 A single query never sees a dense K: its products with all centroids form a lookup table `[M, C]`, and a
 score is the sum of M entries chosen by the codes.  Values are decoded span by span into a scratch block and
 dropped.  Many queries share each span's decoded keys instead, which gives the same scores by matrix products.
-The rotation, where there is one, goes onto the query (q R . k R = q . k) and off the coded part of the output
-(o = o_rot R^T).
+The transform, where there is one, is applied to the query and undone on the coded part of the output (see
+`pq.transform`).
 
 All arithmetic is float32, or float64 if the query is.  Spans are merged by their running maximum and sum
 (online softmax, base e), so memory is bounded whatever the length.
@@ -30,7 +30,6 @@ from torch import Tensor
 from million_cli.ops.codes import CodeReader
 from million_cli.pq.codebook import LayerPQ
 from million_cli.pq.codec import decode
-from million_cli.pq.rotation import rotate, unrotate
 
 # Elements of K, and of V, decoded at once (batch, heads, tokens and dimensions), and scores alive at once
 # (batch, heads, queries and tokens): about the caches of a CPU, a small part of a GPU's memory.
@@ -92,21 +91,24 @@ def attention(
 
     span = _span(B * Hkv * D, q.device)
     coded_length = boundaries[-1]
-    q_rot = rotate(q.flatten(2, 3), pq_keys.rotation).unflatten(2, q.shape[2:4])
-    table = _lookup_table(q_rot, pq_keys) if coded_length and N == 1 else None
+    q_coded = q
+    if pq_keys.transform is not None:
+        q_coded = pq_keys.transform.query(q.flatten(2, 3)).unflatten(2, q.shape[2:4])
+    table = _lookup_table(q_coded, pq_keys) if coded_length and N == 1 else None
     for start in range(0, coded_length, span):
         stop = min(start + span, coded_length)
         codes = key_codes.read(start, stop)
-        values = decode(value_codes.read(start, stop), pq_values, dtype, rotated=True)
+        values = decode(value_codes.read(start, stop), pq_values, dtype, mapped=True)
         if table is not None:
             add(slice(0, 1), _lookup(table, codes), values, start, True)
             continue
-        keys = decode(codes, pq_keys, dtype, rotated=True)
+        keys = decode(codes, pq_keys, dtype, mapped=True)
         for rows in _row_blocks(N, B * Hq * (stop - start), q.device):
             seen = slice(0, min(stop, boundaries[rows.stop - 1]) - start)
             if seen.stop > 0:
-                add(rows, _product(q_rot[..., rows, :], keys[:, :, seen]), values[:, :, seen], start, True)
-    softmax.output = unrotate(softmax.output.flatten(2, 3), pq_values.rotation).view_as(q)
+                add(rows, _product(q_coded[..., rows, :], keys[:, :, seen]), values[:, :, seen], start, True)
+    if pq_values.transform is not None:
+        softmax.output = pq_values.transform.undo(softmax.output.flatten(2, 3)).view_as(q)
 
     for start in range(boundaries[0], length, span):
         stop = min(start + span, length)
@@ -192,7 +194,7 @@ def _product(query: Tensor, keys: Tensor) -> Tensor:
 
 
 def _lookup_table(query: Tensor, pq: LayerPQ) -> Tensor:
-    """Products of one rotated query `[B, Hkv, G, 1, D]` with all centroids: `[B, Hkv, M, C, G]`."""
+    """Products of one mapped query `[B, Hkv, G, 1, D]` with all centroids: `[B, Hkv, M, C, G]`."""
     subvectors = query.squeeze(3).unflatten(-1, (pq.spec.M, pq.spec.dsub))
     centroids = pq.centroids.to(query.dtype).expand(query.shape[1], -1, -1, -1)
     return torch.einsum("bhgmd,hmcd->bhmcg", subvectors, centroids)

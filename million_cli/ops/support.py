@@ -21,7 +21,7 @@ class KernelQuery:
     store: Store
     device: torch.device
     dtype: torch.dtype
-    spec: PQSpec
+    specs: tuple[PQSpec, ...]  # of each layer
     window: WindowSpec
     num_kv_heads: int
     group: int  # G = Hq / Hkv
@@ -43,7 +43,11 @@ def support(query: KernelQuery) -> str | None:
         arch = min(device_architectures(), key=SHARED_KIB.__getitem__)
         if query.store == "contiguous":  # fits in the least there is, so any GPU is as good as the best
             arch = max(SHARED_KIB, key=SHARED_KIB.__getitem__)
-        reason = decode_reason(DecodeQuery(arch, query.dtype, query.spec, query.window, query.group))
+        reasons = (
+            decode_reason(DecodeQuery(arch, query.dtype, spec, query.window, query.group))
+            for spec in query.specs
+        )
+        reason = next((reason for reason in reasons if reason is not None), None)
         if reason is None:
             from million_cli.ops import compiled  # registers the ops with torch: only where they can run
 

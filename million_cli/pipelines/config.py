@@ -20,6 +20,7 @@ CACHES = ("dense", "contiguous", "paged")
 BASELINES = ("fp8", "kivi", "per-token", "quanto", "hqq")
 QUANTIZERS = ("dense", "pq", *BASELINES)
 TRAINERS = ("torch", "faiss")
+METRICS = ("euclidean", "fisher")
 SEEDINGS = ("kmeans++", "random")
 STAGES = ("baseline", "sample", "train", "evaluate", "bench")
 
@@ -66,12 +67,17 @@ class SideConfig:
         M: subspaces; null makes each `dsub` dimensions wide, whatever the model's head_dim.
         nbits: of a code.
         rotation: what is applied after RoPE: `none`, `hadamard` or `opq` (fitted a layer and KV head).
+        metric: in which the squared error of coding is least: `euclidean`, or `fisher` (see `pq.metric`).
     """
 
     M: int | None = None
     dsub: int = 2
     nbits: int = 8
     rotation: str = "none"
+    metric: str = "euclidean"
+
+    def __post_init__(self) -> None:
+        check("metric", self.metric, METRICS)
 
     def spec(self, head_dim: int) -> CodeSpec:
         """The side's shape for a model's head_dim.
@@ -96,6 +102,10 @@ class QuantizerConfig:
         hadamard: rotate first (`per-token` only).
         scope: one codebook for all (`merged`), per `layer`, or per layer and KV `head`.
         seeding: of k-means: `kmeans++`, or `random` as FAISS does it.
+        bits: mean bits of an element; each layer's keys and values then take the one of `widths` with which
+            the predicted KL divergence is least, instead of their own `dsub` or `M`.  null: as `keys` and
+            `values` say, and so it is where the model gives no gradients to predict from.
+        widths: dimensions of a subspace to choose from, with `keys.nbits` bits a code.
     """
 
     name: str = "dense"
@@ -107,6 +117,8 @@ class QuantizerConfig:
     seeding: str = "kmeans++"
     keys: SideConfig = field(default_factory=SideConfig)
     values: SideConfig = field(default_factory=SideConfig)
+    bits: float | None = None
+    widths: list[int] = field(default_factory=lambda: [2, 4])
 
     def __post_init__(self) -> None:
         check("quantizer.kind", self.kind, QUANTIZERS)
@@ -114,7 +126,20 @@ class QuantizerConfig:
         check("quantizer.seeding", self.seeding, SEEDINGS)
 
     def spec(self, head_dim: int) -> PQSpec:
+        """What `keys` and `values` say.
+
+        Raises:
+            UserError: as `SideConfig.spec`.
+        """
         return PQSpec(self.keys.spec(head_dim), self.values.spec(head_dim))
+
+    def choices(self, head_dim: int) -> tuple[CodeSpec, ...]:
+        """What `widths` offer.
+
+        Raises:
+            UserError: as `SideConfig.spec`.
+        """
+        return tuple(SideConfig(dsub=w, nbits=self.keys.nbits).spec(head_dim) for w in self.widths)
 
 
 @dataclass
@@ -148,22 +173,36 @@ class SampleConfig:
     """How much of the calibration text is read, and how many vectors per layer and head are kept of it.
 
     Attributes:
-        tokens: read at most that many (the text may be shorter).
+        tokens: read at most that many of the text (which may be shorter); code and repeats come on top.
         context: length of the windows the text is read in; null is the model's trained context, at most 2048.
         batch: windows at once.
         reservoir: vectors kept per layer and KV head, for keys and for values.
+        repeats: share of windows, beside those of the text, of random tokens that repeat themselves: whatever
+            the text is, they show what the model's heads do when they copy.
+        code: share of windows of source code (the shipped `python-excerpt`): codebooks of prose alone lose
+            twice as much on code, and those with some code in them lose nothing on prose.
+        information: tokens, at most, of which the Fisher information is gathered (see `pq.metric`); 0: none.
     """
 
     tokens: int = 65_536
     context: int | None = None
     batch: int = 4
     reservoir: int = 16_384
+    repeats: float = 0.1
+    code: float = 0.3
+    information: int = 65_536
 
     def __post_init__(self) -> None:
         for name in ("tokens", "batch", "reservoir"):
             at_least(f"sample.{name}", getattr(self, name), 1)
         if self.context is not None:
             at_least("sample.context", self.context, 2)
+        if min(self.repeats, self.code) < 0 or self.repeats + self.code >= 1:
+            raise UserError(
+                f"sample.repeats={self.repeats}, sample.code={self.code}: accepted are shares from 0, "
+                "together below 1"
+            )
+        at_least("sample.information", self.information, 0)
 
 
 @dataclass

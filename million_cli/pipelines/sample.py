@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from million_cli.errors import UserError
+from million_cli.integration.information import Information, NoGradients
 from million_cli.integration.sampling import Samples, SamplingCache, read_text
 from million_cli.pipelines import Result
 from million_cli.pipelines.config import JobConfig
@@ -17,6 +18,7 @@ from million_cli.pipelines.session import Session
 from million_cli.pipelines.stages import code_digest, locked, stage_key
 from million_cli.progress import progress
 from million_cli.tasks.base import check_context, longest_context
+from million_cli.text import TextConfig, load_text
 
 logger = logging.getLogger("million")
 SAVE_EVERY_S = 60.0
@@ -72,31 +74,66 @@ def sample(session: Session) -> Path:
             return folder
         windows = _windows(session)
         done = state["windows"] if state is not None else 0
+        information = Information(session.model, seed=config.seed)
         if done:
             logger.info("going on with the samples in %s at window %d of %d", folder, done, len(windows))
-        _read(session, cache, windows, done, folder)
+            gathered = Samples(folder).information()
+            if gathered is not None:
+                information.restore(gathered)
+        _read(session, cache, information, windows, done, folder)
         logger.info("samples: %s", folder)
     return folder
 
 
-def _read(session: Session, cache: SamplingCache, windows: torch.Tensor, done: int, folder: Path) -> None:
+def _read(
+    session: Session,
+    cache: SamplingCache,
+    information: Information,
+    windows: torch.Tensor,
+    done: int,
+    folder: Path,
+) -> None:
     config = session.config.sample
     saved = time.monotonic()
-    with progress(windows.numel(), "sampling", "tok") as bar:
-        bar.update(done * windows.shape[1])
+    wanted = min(config.information, windows.numel())
+
+    def save(finished: bool) -> None:
+        progress = {"windows": done, "tokens": done * windows.shape[1], "done": finished}
+        cache.save(folder, progress, information.state())
+
+    with progress(windows.numel() + wanted, "sampling", "tok") as bar:
+        bar.update(done * windows.shape[1] + information.read_tokens)
         for start in range(done, len(windows), config.batch):
             ids = windows[start : start + config.batch]
             read_text(session.model, cache, ids)
+            for window in ids:
+                if information.read_tokens + len(window) <= wanted:
+                    wanted = _gather(information, window, wanted)
+                    bar.update(len(window))
             bar.update(ids.numel())
             done = start + len(ids)
             if done < len(windows) and time.monotonic() - saved > SAVE_EVERY_S:
-                cache.save(folder, {"windows": done, "tokens": done * windows.shape[1], "done": False})
+                save(False)
                 saved = time.monotonic()
-    cache.save(folder, {"windows": done, "tokens": windows.numel(), "done": True})
+    save(True)
+
+
+def _gather(information: Information, window: torch.Tensor, wanted: int) -> int:
+    """Add a window to the information; returns the tokens wanted in all, 0 if there are no gradients."""
+    try:
+        information.read(window[None])
+    except NoGradients as error:
+        logger.warning("codebooks will be trained without Fisher information: %s", error)
+        information.forget()
+        return 0
+    return wanted
 
 
 def _windows(session: Session) -> torch.Tensor:
-    """Token ids `[windows, context]` of the calibration text; one shorter than a window is one window."""
+    """Token ids `[windows, context]`: calibration text, with code and random repetitions spread among it.
+
+    A text shorter than a window is one window.
+    """
     config, text = session.config.sample, session.text(session.config.data)
     context = config.context or min(longest_context(session.model), 2048)
     check_context("sample.context", context, session.model)
@@ -105,4 +142,30 @@ def _windows(session: Session) -> torch.Tensor:
         raise UserError(f"the calibration text {text.source} has {len(ids)} tokens; accepted are at least 2")
     context = min(context, len(ids))
     whole = len(ids) // context
-    return torch.tensor(ids[: whole * context], dtype=torch.int64).view(whole, context)
+    code_ids = session.tokenizer(load_text(TextConfig("python-excerpt")).content, verbose=False)["input_ids"]
+    shares = {"code": config.code, "repeats": config.repeats}
+    wanted = {name: round(whole * share / (1 - sum(shares.values()))) for name, share in shares.items()}
+    code = torch.tensor(code_ids[: wanted["code"] * context], dtype=torch.int64)
+    vocabulary = min(len(session.tokenizer), session.model.config.get_text_config(decoder=True).vocab_size)
+    return _interleave(
+        torch.tensor(ids[: whole * context], dtype=torch.int64).view(whole, context),
+        code[: len(code) // context * context].view(-1, context),
+        _repeating(wanted["repeats"], context, vocabulary, session.config.seed),
+    )
+
+
+def _repeating(n: int, context: int, vocabulary: int, seed: int) -> torch.Tensor:
+    """Windows `[n, context]` of random tokens, each with a period of its own, 1/16 to 1/2 of the context."""
+    generator = torch.Generator().manual_seed(seed)
+    windows = torch.empty(n, context, dtype=torch.int64)
+    for window in windows:
+        period = int(torch.randint(max(1, context // 16), context // 2 + 1, (), generator=generator))
+        tokens = torch.randint(vocabulary, (period,), generator=generator)
+        window.copy_(tokens.repeat(-(-context // period))[:context])
+    return windows
+
+
+def _interleave(*parts: torch.Tensor) -> torch.Tensor:
+    """The rows of all, in order and evenly spread, so that a part from the start has all in proportion."""
+    at = torch.cat([(torch.arange(len(part)) + 0.5) / max(1, len(part)) for part in parts])
+    return torch.cat(parts)[at.argsort(stable=True)]

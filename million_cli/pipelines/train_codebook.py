@@ -9,14 +9,16 @@ from statistics import fmean
 from typing import Any
 
 from million_cli.errors import UserError
+from million_cli.integration.information import mean_of_state
 from million_cli.integration.sampling import Samples
 from million_cli.pipelines import Result
 from million_cli.pipelines.config import JobConfig
 from million_cli.pipelines.sample import sample, sample_key
 from million_cli.pipelines.session import Session
 from million_cli.pipelines.stages import code_digest, locked, stage_key
-from million_cli.pq import Codebook, TrainSpec, train_codebook
+from million_cli.pq import Budget, Codebook, TrainSpec, train_codebook
 from million_cli.progress import progress
+from million_cli.spec import PQSpec
 
 logger = logging.getLogger("million")
 
@@ -43,7 +45,11 @@ def train(session: Session) -> Path:
     """
     config = session.config
     quantizer = config.quantizer
-    spec = quantizer.spec(session.fingerprint.head_dim)
+    head_dim = session.fingerprint.head_dim
+    spec: PQSpec | Budget = quantizer.spec(head_dim)
+    if quantizer.bits is not None:
+        spec = Budget(quantizer.choices(head_dim), quantizer.bits, otherwise=quantizer.spec(head_dim))
+    metrics = (quantizer.keys.metric, quantizer.values.metric)
     key = stage_key(
         {
             "sample": sample_key(session),
@@ -61,7 +67,14 @@ def train(session: Session) -> Path:
             logger.info("codebook: %s (from an earlier run)", path)
             return path
         folder = sample(session)
-        keys, values = Samples(folder).stacked()
+        samples = Samples(folder)
+        keys, values = samples.sides()
+        gathered = samples.information()
+        information = None if gathered is None else mean_of_state(gathered)
+        if information is None and (quantizer.bits is not None or "fisher" in metrics):
+            logger.warning(
+                "no Fisher information: plain squared errors and the widths of keys and values instead"
+            )
         text = session.text(config.data)
         with progress(1, f"training {quantizer.name}", "k-means") as bar:
 
@@ -80,15 +93,18 @@ def train(session: Session) -> Path:
                     seeding=quantizer.seeding,  # type: ignore[arg-type]
                     key_rotation=quantizer.keys.rotation,
                     value_rotation=quantizer.values.rotation,
+                    key_metric=quantizer.keys.metric,  # type: ignore[arg-type]
+                    value_metric=quantizer.values.metric,  # type: ignore[arg-type]
                     iterations=config.train.iterations,
                     alternations=config.train.alternations,
                     seed=config.seed,
                     max_samples_per_centroid=config.train.max_samples_per_centroid,
                     device=str(session.device),
                 ),
+                information=information,
                 calibration=text.source,
                 calibration_sha256=text.sha256,
-                tokens=Samples(folder).manifest["progress"]["tokens"],
+                tokens=samples.manifest["progress"]["tokens"],
                 progress=tick,
             )
         codebook.save(path)
@@ -101,7 +117,7 @@ def codebook_metrics(codebook: Codebook, path: Path) -> dict[str, Any]:
     meta = codebook.meta
     return {
         "codebook_file": str(path),
-        "bits_nominal": codebook.spec.bits_per_element,
+        "bits_nominal": codebook.bits_per_element,
         "key_error": fmean(error for layer in meta.key_error for error in layer),
         "value_error": fmean(error for layer in meta.value_error for error in layer),
         "calibration_text": meta.calibration,

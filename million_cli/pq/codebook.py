@@ -1,6 +1,7 @@
-"""The codebook: centroids and rotations of a model's keys and values, with a card that tells their origin.
+"""The codebook: centroids and transforms of a model's keys and values, with a card that tells their origin.
 
-One safetensors file: `keys.centroids`, `keys.rotation`, the same for `values`, float32; the card as JSON.
+One safetensors file: `keys.centroids.<i>` of each layer (of the 0th alone if all layers share them),
+`keys.encode` and `keys.decode`, the same for `values`, float32; the card as JSON.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, dataclass, field
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -15,10 +17,11 @@ from torch import Tensor
 
 from million_cli.errors import UserError
 from million_cli.files import read_safetensors, write_safetensors
+from million_cli.pq.transform import Transform, transform_dtype
 from million_cli.spec import SCOPES, CodeSpec, ModelFingerprint, PQSpec, Scope
 
 FORMAT = "million-codebook"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SIDES = ("keys", "values")
 
 
@@ -26,62 +29,58 @@ SIDES = ("keys", "values")
 class LayerPQ:
     """What codes of one side of one layer mean.
 
-    centroids: [Hc, M, C, dsub]; rotation: [Hr, D, D] (x_rot = x @ R) or None; Hc and Hr in {1, Hkv}.
+    centroids: [Hc, M, C, dsub]; transform: maps [Ht, D, D] or None; Hc and Ht in {1, Hkv}.
     """
 
     spec: CodeSpec
     centroids: Tensor
-    rotation: Tensor | None = None
+    transform: Transform | None = None
 
     def __post_init__(self) -> None:
         spec = self.spec
         assert self.centroids.shape[1:] == (spec.M, spec.C, spec.dsub), (self.centroids.shape, spec)
-        assert self.rotation is None or self.rotation.shape[1:] == (spec.head_dim, spec.head_dim)
+        assert self.transform is None or self.transform.encode.shape[1:] == (spec.head_dim, spec.head_dim)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LayerPQ:
-        """Moved to `device`, centroids in `dtype`.
-
-        The rotation keeps at least float32: rounded to 16 bits it would no longer be orthogonal.
-        """
-        rotation = self.rotation
-        if rotation is not None:
-            rotation = rotation.to(device=device, dtype=rotation_dtype(dtype or self.centroids.dtype))
-        return LayerPQ(self.spec, self.centroids.to(device=device, dtype=dtype), rotation)
+        """Moved to `device`, centroids in `dtype`, the transform as `Transform.to` says."""
+        transform = self.transform and self.transform.to(device, dtype or self.centroids.dtype)
+        return LayerPQ(self.spec, self.centroids.to(device=device, dtype=dtype), transform)
 
 
 @dataclass(frozen=True, eq=False)
 class ProductQuantizer:
     """One side (keys or values) of all layers.
 
-    centroids: float32 [Lc, Hc, M, C, dsub], (Lc, Hc) = (1, 1) | (L, 1) | (L, Hkv) for merged | layer | head;
-    rotation: float32 [Lr, Hr, D, D] or None, Lr in {1, L}, Hr in {1, Hkv}.
+    specs: the codes of each layer; layers may differ in M and nbits unless the scope is merged.
+    centroids: float32 [Hc, M, C, dsub] of each layer, or once for all (merged); Hc is 1 unless scope is head.
+    transform: float32 maps [Lt, Ht, D, D] or None, Lt in {1, L}, Ht in {1, Hkv}.
     """
 
-    spec: CodeSpec
+    specs: tuple[CodeSpec, ...]
     scope: Scope
-    centroids: Tensor
-    rotation: Tensor | None = None
+    centroids: tuple[Tensor, ...]
+    transform: Transform | None = None
 
     def __post_init__(self) -> None:
-        spec, (Lc, Hc, *table) = self.spec, self.centroids.shape
-        assert table == [spec.M, spec.C, spec.dsub], (self.centroids.shape, spec)
-        assert Lc == 1 or self.scope != "merged", self.centroids.shape
-        assert Hc == 1 or self.scope == "head", self.centroids.shape
-        assert self.rotation is None or self.rotation.shape[2:] == (spec.head_dim, spec.head_dim)
+        merged = self.scope == "merged"
+        assert len(self.centroids) == (1 if merged else len(self.specs)), (len(self.centroids), self.scope)
+        assert not merged or len(set(self.specs)) == 1, self.specs
+        for spec, centroids in zip(self.specs, self.centroids, strict=not merged):
+            assert centroids.shape[1:] == (spec.M, spec.C, spec.dsub), (centroids.shape, spec)
+            assert centroids.shape[0] == 1 or self.scope == "head", centroids.shape
+        D = self.specs[0].head_dim
+        assert self.transform is None or self.transform.encode.shape[2:] == (D, D)
 
     def layer(self, i: int) -> LayerPQ:
         """The quantizer of the i-th layer of the codebook (its position, not the model's layer index)."""
-        centroids = self.centroids[i if self.centroids.shape[0] > 1 else 0]
-        rotation = self.rotation
-        if rotation is not None:
-            rotation = rotation[i if rotation.shape[0] > 1 else 0]
-        return LayerPQ(self.spec, centroids, rotation)
+        centroids = self.centroids[i if len(self.centroids) > 1 else 0]
+        return LayerPQ(self.specs[i], centroids, self.transform and self.transform.layer(i))
 
     def size_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of the centroids in `dtype` and of the rotations in the dtype `LayerPQ.to` gives them."""
-        size = self.centroids.numel() * dtype.itemsize
-        if self.rotation is not None:
-            size += self.rotation.numel() * rotation_dtype(dtype).itemsize
+        """Bytes of the centroids in `dtype` and of the transforms in the dtype `LayerPQ.to` gives them."""
+        size = sum(centroids.numel() for centroids in self.centroids) * dtype.itemsize
+        if self.transform is not None:
+            size += self.transform.num_elements * transform_dtype(dtype).itemsize
         return size
 
 
@@ -91,7 +90,9 @@ class CodebookMeta:
 
     calibration: what text the samples come from, in words; calibration_sha256: its hash;
     tokens: tokens read from it; samples: vectors a layer and head that trained the codebook;
+    key_metric, value_metric: what the squared error was least in, "euclidean" or "fisher" (see `pq.metric`).
     key_error, value_error: [L][Hkv] mean squared error over variance, on the training samples.
+    key_predicted_kl, value_predicted_kl: [L][Hkv], see `train.TrainedSide`; empty without Fisher information.
     """
 
     fingerprint: ModelFingerprint
@@ -105,9 +106,13 @@ class CodebookMeta:
     iterations: int
     key_rotation: str
     value_rotation: str
+    key_metric: str
+    value_metric: str
     key_error: list[list[float]]
     value_error: list[list[float]]
     alternations: int = 0
+    key_predicted_kl: list[list[float]] = field(default_factory=list)
+    value_predicted_kl: list[list[float]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -127,8 +132,14 @@ class Codebook:
     meta: CodebookMeta
 
     @property
-    def spec(self) -> PQSpec:
-        return PQSpec(self.keys.spec, self.values.spec)
+    def specs(self) -> tuple[PQSpec, ...]:
+        """The codes of each layer."""
+        return tuple(PQSpec(*sides) for sides in zip(self.keys.specs, self.values.specs, strict=True))
+
+    @property
+    def bits_per_element(self) -> float:
+        """Mean code bits per element over keys and values of all layers, which are of one shape."""
+        return fmean(spec.bits_per_element for spec in self.specs)
 
     @property
     def num_layers(self) -> int:
@@ -160,10 +171,12 @@ class Codebook:
         tensors: dict[str, Tensor] = {}
         sides: dict[str, dict[str, Any]] = {}
         for name, side in zip(SIDES, (self.keys, self.values), strict=True):
-            tensors[f"{name}.centroids"] = side.centroids
-            if side.rotation is not None:
-                tensors[f"{name}.rotation"] = side.rotation
-            sides[name] = {**asdict(side.spec), "scope": side.scope}
+            for i, centroids in enumerate(side.centroids):
+                tensors[f"{name}.centroids.{i}"] = centroids
+            if side.transform is not None:
+                tensors[f"{name}.encode"] = side.transform.encode.contiguous()
+                tensors[f"{name}.decode"] = side.transform.decode.contiguous()
+            sides[name] = {"specs": [asdict(spec) for spec in side.specs], "scope": side.scope}
         card = {"version": FORMAT_VERSION, **sides, "meta": self.meta.to_dict()}
         write_safetensors(path, tensors, {"format": FORMAT, "card": json.dumps(card)})
 
@@ -185,10 +198,12 @@ class Codebook:
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"codebook {path} has no readable card: {error}") from error
         if version != FORMAT_VERSION:
-            raise UserError(f"codebook {path} has format version {version}; accepted is {FORMAT_VERSION}")
+            raise UserError(
+                f"codebook {path} has format version {version}; accepted is {FORMAT_VERSION}: train it again"
+            )
         try:
             meta = CodebookMeta.from_dict(card["meta"])
-            specs = {name: CodeSpec(*(card[name][f] for f in ("head_dim", "M", "nbits"))) for name in SIDES}
+            specs = {name: tuple(CodeSpec(**spec) for spec in card[name]["specs"]) for name in SIDES}
             scopes = {name: card[name]["scope"] for name in SIDES}
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"codebook {path} has a damaged card: {_one_line(error)}") from error
@@ -198,41 +213,53 @@ class Codebook:
         return cls(keys, values, meta)
 
 
-def rotation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a rotation goes with centroids in `dtype`."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _load_side(
     path: str | os.PathLike[str],
     name: str,
     tensors: dict[str, Tensor],
-    spec: CodeSpec,
+    specs: tuple[CodeSpec, ...],
     scope: Scope,
     fingerprint: ModelFingerprint,
 ) -> ProductQuantizer:
     def damaged(what: str) -> UserError:
         return UserError(f"codebook {path} is damaged: {name}: {what}")
 
-    L, Hkv = len(fingerprint.layers), fingerprint.num_kv_heads
-    centroids, rotation = tensors.get(f"{name}.centroids"), tensors.get(f"{name}.rotation")
+    L, Hkv, D = len(fingerprint.layers), fingerprint.num_kv_heads, fingerprint.head_dim
     if scope not in SCOPES:
         raise damaged(f"scope={scope!r}, accepted are {', '.join(SCOPES)}")
-    if spec.head_dim != fingerprint.head_dim:
-        raise damaged(f"head_dim={spec.head_dim}, but the model has {fingerprint.head_dim}")
-    if centroids is None:
-        raise damaged("centroids are missing")
-    for tensor, label in ((centroids, "centroids"), (rotation, "rotation")):
-        if tensor is not None and not (tensor.dtype == torch.float32 and bool(tensor.isfinite().all())):
+    if len(specs) != L:
+        raise damaged(f"{len(specs)} layers, but the model has {L}")
+    if scope == "merged" and len(set(specs)) != 1:
+        raise damaged("layers that share centroids have different codes")
+    for spec in specs:
+        if spec.head_dim != D:
+            raise damaged(f"head_dim={spec.head_dim}, but the model has {D}")
+    tables = {f"centroids.{i}": specs[i] for i in range(1 if scope == "merged" else L)}
+    missing = [label for label in tables if f"{name}.{label}" not in tensors]
+    if missing:
+        raise damaged(f"{missing[0]} are missing")
+    centroids = tuple(tensors[f"{name}.{label}"] for label in tables)
+    maps = {
+        label: tensors[f"{name}.{label}"] for label in ("encode", "decode") if f"{name}.{label}" in tensors
+    }
+    for label, tensor in {**dict(zip(tables, centroids, strict=True)), **maps}.items():
+        if not (tensor.dtype == torch.float32 and bool(tensor.isfinite().all())):
             raise damaged(f"{label} are not finite float32 numbers")
-    expected = {"merged": (1, 1), "layer": (L, 1), "head": (L, Hkv)}[scope] + (spec.M, spec.C, spec.dsub)
-    if tuple(centroids.shape) != expected:
-        raise damaged(f"centroids have shape {list(centroids.shape)}, expected {list(expected)}")
-    if rotation is not None:
-        D, shape = spec.head_dim, tuple(rotation.shape)
+    for (label, spec), tensor in zip(tables.items(), centroids, strict=True):
+        expected = (Hkv if scope == "head" else 1, spec.M, spec.C, spec.dsub)
+        if tuple(tensor.shape) != expected:
+            raise damaged(f"{label} have shape {list(tensor.shape)}, expected {list(expected)}")
+    if not maps:
+        return ProductQuantizer(specs, scope, centroids)
+    if len(maps) == 1:
+        raise damaged(f"{next(iter(maps))} is there without its inverse")
+    for label, tensor in maps.items():
+        shape = tuple(tensor.shape)
         if len(shape) != 4 or shape[0] not in (1, L) or shape[1] not in (1, Hkv) or shape[2:] != (D, D):
-            raise damaged(f"rotation has shape {list(shape)}, expected [1 or {L}, 1 or {Hkv}, {D}, {D}]")
-    return ProductQuantizer(spec, scope, centroids, rotation)
+            raise damaged(f"{label} has shape {list(shape)}, expected [1 or {L}, 1 or {Hkv}, {D}, {D}]")
+    if maps["encode"].shape != maps["decode"].shape:
+        raise damaged("encode and decode differ in shape")
+    return ProductQuantizer(specs, scope, centroids, Transform(**maps))
 
 
 def _one_line(error: Exception) -> str:

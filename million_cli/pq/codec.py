@@ -19,7 +19,6 @@ from million_cli.errors import UserError
 from million_cli.pq.argmin import block_elements, first_argmin
 from million_cli.pq.codebook import LayerPQ
 from million_cli.pq.packing import code_dtype
-from million_cli.pq.rotation import rotate, unrotate
 
 Backend = Literal["torch", "keops"]
 BACKENDS: tuple[Backend, ...] = ("torch", "keops")
@@ -31,7 +30,7 @@ _SLICE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
 def encode(x: Tensor, pq: LayerPQ, backend: Backend = "torch") -> Tensor:
     """Nearest centroids of x [B, Hkv, T, D] (any float dtype) -> codes [B, Hkv, T, M], uint8 or uint16.
 
-    x is rotated first if the quantizer has a rotation.  Working memory is bounded whatever T is.
+    x is mapped first if the quantizer has a transform.  Working memory is bounded whatever T is.
 
     Raises:
         UserError: an unknown backend, or one that this machine lacks.
@@ -51,7 +50,9 @@ def encode(x: Tensor, pq: LayerPQ, backend: Backend = "torch") -> Tensor:
     codes = torch.empty(B, H, T, spec.M, dtype=code_dtype(spec.nbits), device=x.device)
     step = max(1, _slice_elements(x.device) // (B * H * D))
     for start in range(0, T, step):
-        part = rotate(x[:, :, start : start + step].to(dtype), pq.rotation)
+        part = x[:, :, start : start + step].to(dtype)
+        if pq.transform is not None:
+            part = pq.transform.apply(part)
         t = part.shape[2]
         points = part.reshape(B, H, t, spec.M, spec.dsub)
         if pq.centroids.shape[0] == 1:  # every head shares the centroids: one long list of points a subspace
@@ -64,25 +65,25 @@ def encode(x: Tensor, pq: LayerPQ, backend: Backend = "torch") -> Tensor:
     return codes
 
 
-def decode(codes: Tensor, pq: LayerPQ, dtype: torch.dtype, rotated: bool = False) -> Tensor:
+def decode(codes: Tensor, pq: LayerPQ, dtype: torch.dtype, mapped: bool = False) -> Tensor:
     """Centroids of codes [B, Hkv, T, M] -> [B, Hkv, T, D] in `dtype`.
 
-    With `rotated` the result stays in the rotated space, where q_rot . k_rot are the scores; otherwise the
-    rotation is undone (in float32, float64 for float64).  Without a rotation both are the same.
+    With `mapped` the result stays as it was coded (see `Transform`); otherwise the transform is undone (in
+    float32, float64 for float64).  Without a transform both are the same.
     """
     B, H, T, M = codes.shape
     spec, (Hc, _, C, dsub) = pq.spec, pq.centroids.shape
     assert spec.M == M, (codes.shape, spec)
     assert Hc in (1, H), (codes.shape, pq.centroids.shape)
-    undo = pq.rotation is not None and not rotated
-    table_dtype = torch.promote_types(dtype, torch.float32) if undo else dtype
+    transform = None if mapped else pq.transform
+    table_dtype = torch.promote_types(dtype, torch.float32) if transform else dtype
     table = pq.centroids.to(table_dtype).reshape(Hc * M * C, dsub)
     first_row = (torch.arange(Hc * M, dtype=torch.int32, device=codes.device) * C).view(Hc, 1, M)
     out = torch.empty(B, H, T, spec.head_dim, dtype=dtype, device=codes.device)
     step = max(1, _slice_elements(codes.device) // (B * H * spec.head_dim))
     for start in range(0, T, step):
         part = F.embedding(codes[:, :, start : start + step].to(torch.int32) + first_row, table).flatten(-2)
-        out[:, :, start : start + step] = unrotate(part, pq.rotation) if undo else part
+        out[:, :, start : start + step] = transform.undo(part) if transform else part
     return out
 
 

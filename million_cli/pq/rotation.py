@@ -1,11 +1,7 @@
-"""Orthogonal rotations applied before the split into subspaces.
+"""Orthogonal rotations applied before the split into subspaces, as matrices R [D, D] with x_rot = x @ R.
 
-Convention: a rotation is a tensor R [D, D] with orthonormal rows, and x_rot = x @ R.  Rotating queries and
-keys alike leaves scores unchanged, (q R)(k R)^T = q k^T; rotated values are undone once on the attention
-output, o = o_rot @ R^T.  RoPE comes first: what is rotated is what the cache stores.
-
-A method is one function in `ROTATIONS`: it sees the samples [L, Hkv, n, D] of one side and the circumstances
-(`Fit`), and returns [Lr, Hr, D, D] with Lr in {1, L} and Hr in {1, Hkv}, or None for no rotation.
+A method is one function in `ROTATIONS`: it sees the vectors of one side and the circumstances (`Fit`), and
+returns [Lr, Hr, D, D] with Lr in {1, L} and Hr in {1, Hkv}, or None for no rotation.
 """
 
 from __future__ import annotations
@@ -17,7 +13,10 @@ import torch
 from torch import Tensor
 
 from million_cli.errors import UserError
+from million_cli.pq.metric import metric_root
 from million_cli.pq.opq import optimised_rotation
+from million_cli.pq.samples import LayerSamples, Mapped, Thinned, layers
+from million_cli.pq.transform import Transform
 from million_cli.spec import CodeSpec, Scope
 
 
@@ -36,21 +35,11 @@ class Fit:
     device: str = "cpu"
 
 
-RotationMethod = Callable[[Tensor, CodeSpec, Fit], Tensor | None]
+RotationMethod = Callable[[LayerSamples, CodeSpec, Fit], Tensor | None]
 
 
-def rotate(x: Tensor, rotation: Tensor | None) -> Tensor:
-    """x [B, H, T, D] @ rotation [Hr, D, D], Hr in {1, H}, in the dtype of x; x itself if there is none."""
-    return x if rotation is None else x @ rotation.to(x.dtype)
-
-
-def unrotate(x: Tensor, rotation: Tensor | None) -> Tensor:
-    """The inverse of `rotate`: x [B, H, T, D] @ rotation^T."""
-    return x if rotation is None else x @ rotation.to(x.dtype).transpose(-1, -2)
-
-
-def fit_rotation(method: str, samples: Tensor, spec: CodeSpec, fit: Fit) -> Tensor | None:
-    """The rotation that `method` makes for samples [L, Hkv, n, D]: float32 [Lr, Hr, D, D] on the CPU or None.
+def fit_rotation(method: str, samples: LayerSamples, spec: CodeSpec, fit: Fit) -> Tensor | None:
+    """The rotation that `method` makes for samples: float32 [Lr, Hr, D, D] on the CPU or None.
 
     Raises:
         UserError: an unknown method.
@@ -58,6 +47,28 @@ def fit_rotation(method: str, samples: Tensor, spec: CodeSpec, fit: Fit) -> Tens
     if method not in ROTATIONS:
         raise UserError(f"rotation={method}: accepted are {', '.join(ROTATIONS)}")
     return ROTATIONS[method](samples, spec, fit)
+
+
+def fit_transform(
+    method: str, samples: LayerSamples, spec: CodeSpec, fit: Fit, information: Tensor | None = None
+) -> Transform | None:
+    """The rotation that `method` makes, in the metric of `information`: float32 maps on the CPU, or None.
+
+    information: Fisher information [L, Hkv, D, D] of the vectors (see `pq.metric`), or None for the plain
+    squared error.  The transform is F^(1/2) R then, R fitted to samples under F^(1/2).
+
+    Raises:
+        UserError: an unknown method.
+    """
+    if information is None:
+        R = fit_rotation(method, samples, spec, fit)
+        return None if R is None else Transform.rotation(R)
+    root, inverse = metric_root(information)
+    R = fit_rotation(method, Mapped(samples, root.float().to(fit.device)), spec, fit)
+    if R is None:
+        return Transform(root.float(), inverse.float())
+    R = R.double()
+    return Transform((root @ R).float(), (R.mT @ inverse).float())
 
 
 def random_hadamard(D: int, seed: int) -> Tensor:
@@ -80,20 +91,17 @@ def random_orthogonal(D: int, generator: torch.Generator) -> Tensor:
     return q * r.diagonal().sign()
 
 
-def _none(samples: Tensor, spec: CodeSpec, fit: Fit) -> Tensor | None:
+def _none(samples: LayerSamples, spec: CodeSpec, fit: Fit) -> Tensor | None:
     return None
 
 
-def _hadamard(samples: Tensor, spec: CodeSpec, fit: Fit) -> Tensor | None:
+def _hadamard(samples: LayerSamples, spec: CodeSpec, fit: Fit) -> Tensor | None:
     return random_hadamard(spec.head_dim, fit.seed).float()[None, None]
 
 
-def _opq(samples: Tensor, spec: CodeSpec, fit: Fit) -> Tensor | None:
+def _opq(samples: LayerSamples, spec: CodeSpec, fit: Fit) -> Tensor | None:
     """One rotation a layer and head, in the light of who shares its centroids."""
-    L, Hkv, n, _ = samples.shape
-    if n > fit.max_samples:
-        rows = torch.randperm(n, generator=torch.Generator().manual_seed(fit.seed))[: fit.max_samples]
-        samples = samples[:, :, rows.to(samples.device)]
+    thinned = Thinned(samples, fit.max_samples, fit.seed)
 
     def rotations(heads: Tensor) -> Tensor:
         return optimised_rotation(
@@ -105,8 +113,9 @@ def _opq(samples: Tensor, spec: CodeSpec, fit: Fit) -> Tensor | None:
         ).cpu()
 
     if fit.scope == "merged":
-        return rotations(samples.flatten(0, 1)).unflatten(0, (L, Hkv))
-    return torch.stack([rotations(layer) for layer in samples])
+        together = torch.stack(list(layers(thinned)))
+        return rotations(together.flatten(0, 1)).unflatten(0, together.shape[:2])
+    return torch.stack([rotations(layer) for layer in layers(thinned)])
 
 
 ROTATIONS: dict[str, RotationMethod] = {"none": _none, "hadamard": _hadamard, "opq": _opq}

@@ -10,20 +10,22 @@ from torch import Tensor
 from million_cli.cache.store import CodeStore
 from million_cli.pq.codebook import LayerPQ
 from million_cli.pq.codec import decode, encode
+from million_cli.pq.transform import Transform
 from million_cli.spec import CodeSpec, WindowSpec
 
 D, HKV = 8, 2
 
 
-def random_pq(spec: CodeSpec, heads: int, rotation_heads: int, seed: int) -> LayerPQ:
-    """Normal centroids for `heads` heads and random orthogonal rotations (none for rotation_heads = 0)."""
+def random_pq(spec: CodeSpec, heads: int, map_heads: int, seed: int) -> LayerPQ:
+    """Normal centroids for `heads` heads and random invertible maps (none for map_heads = 0)."""
     generator = torch.Generator().manual_seed(seed)
     centroids = torch.randn(heads, spec.M, spec.C, spec.dsub, generator=generator)
-    rotation = None
-    if rotation_heads:
-        normal = torch.randn(rotation_heads, spec.head_dim, spec.head_dim, generator=generator)
-        rotation = torch.linalg.qr(normal.double())[0].float()
-    return LayerPQ(spec, centroids, rotation)
+    transform = None
+    if map_heads:
+        normal = torch.randn(map_heads, spec.head_dim, spec.head_dim, generator=generator)
+        stretch = 0.5 + torch.rand(map_heads, 1, spec.head_dim, generator=generator)
+        transform = Transform.invertible((torch.linalg.qr(normal.double())[0] * stretch).float())
+    return LayerPQ(spec, centroids, transform)
 
 
 def random_layers(
@@ -31,15 +33,16 @@ def random_layers(
     keys: tuple[int, int] = (4, 4),
     values: tuple[int, int] = (2, 6),
     heads: int = HKV,
-    rotation_heads: int = HKV,
+    map_heads: int = HKV,
     head_dim: int = D,
 ) -> list[tuple[LayerPQ, LayerPQ]]:
-    """Quantizers of n layers; `keys` and `values` are (M, nbits)."""
-    k, v = CodeSpec(head_dim, *keys), CodeSpec(head_dim, *values)
-    return [
-        (random_pq(k, heads, rotation_heads, 2 * i), random_pq(v, heads, rotation_heads, 2 * i + 1))
-        for i in range(n)
-    ]
+    """Quantizers of n layers; `keys` and `values` are (M, nbits), the other way around in odd layers."""
+    sides = CodeSpec(head_dim, *keys), CodeSpec(head_dim, *values)
+    layers = []
+    for i in range(n):
+        k, v = sides[:: -1 if i % 2 else 1]
+        layers.append((random_pq(k, heads, map_heads, 2 * i), random_pq(v, heads, map_heads, 2 * i + 1)))
+    return layers
 
 
 def random_qkv(
@@ -55,7 +58,7 @@ def random_qkv(
 
 
 def coded_vectors(x: Tensor, pq: LayerPQ) -> Tensor:
-    """What is left of x `[B, Hkv, T, D]` after coding, unrotated, in its dtype."""
+    """What is left of x `[B, Hkv, T, D]` after coding, mapped back, in its dtype."""
     return decode(encode(x, pq), pq, x.dtype)
 
 
@@ -70,7 +73,7 @@ def cropped(x: Tensor, pq: LayerPQ, window: WindowSpec, length: int) -> Tensor:
 def assert_holds(store: CodeStore, k: Tensor, v: Tensor, layer: int = 0, tolerance: float = 0.0) -> None:
     """The layer holds k and v: the oldest as codes, the rest exactly, cut as the closed form says.
 
-    `tolerance` is for the exact part after a crop, where undoing the rotation rounds by the number of tokens.
+    `tolerance` is for the exact part after a crop, where undoing a transform rounds by the number of tokens.
     """
     length, coded = k.shape[2], store.window.coded_length(k.shape[2])
     assert (store.length(layer), store.coded(layer)) == (length, coded)

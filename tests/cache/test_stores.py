@@ -46,19 +46,19 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
 # -- what queries see ----------------------------------------------------------------------------------------
 
 QUANTIZERS = {
-    "merged 8 bits": {"keys": (4, 8), "values": (4, 8), "heads": 1, "rotation_heads": 0},
-    "per head, rotated": {},
-    "keys finer": {"keys": (8, 5), "values": (2, 3), "heads": HKV, "rotation_heads": 1},
-    "codes of two bytes": {"keys": (4, 9), "values": (2, 10), "heads": 1, "rotation_heads": HKV},
+    "merged 8 bits": {"keys": (4, 8), "values": (4, 8), "heads": 1, "map_heads": 0},
+    "per head, mapped": {},
+    "keys finer": {"keys": (8, 5), "values": (2, 3), "heads": HKV, "map_heads": 1},
+    "codes of two bytes": {"keys": (4, 9), "values": (2, 10), "heads": 1, "map_heads": HKV},
 }
 PADDED = torch.tensor([0, 37])
 CASES = [
     *((name, 2, SMALL, {}) for name in QUANTIZERS),
-    *(("per head, rotated", G, SMALL, {}) for G in (1, 4)),
-    *(("per head, rotated", 2, WindowSpec(P, R), {}) for P, R in ((16, 64), (32, 96), (64, 128), (128, 256))),
-    ("per head, rotated", 2, SMALL, {"first_valid": PADDED}),
-    ("per head, rotated", 2, SMALL, {"softcap": 1.5}),
-    ("per head, rotated", 2, SMALL, {"mask": "padded"}),
+    *(("per head, mapped", G, SMALL, {}) for G in (1, 4)),
+    *(("per head, mapped", 2, WindowSpec(P, R), {}) for P, R in ((16, 64), (32, 96), (64, 128), (128, 256))),
+    ("per head, mapped", 2, SMALL, {"first_valid": PADDED}),
+    ("per head, mapped", 2, SMALL, {"softcap": 1.5}),
+    ("per head, mapped", 2, SMALL, {"mask": "padded"}),
 ]
 
 
@@ -175,7 +175,7 @@ def test_crop_keeps_the_closed_form_and_the_text_goes_on(Store, length):
 @pytest.mark.parametrize("Store", STORES)
 def test_crop_treats_each_layer_by_its_own_length(Store):
     """As when a forward pass was interrupted between two layers."""
-    store, (_, k, v) = Store(random_layers(2, rotation_heads=0), SMALL), random_qkv(100)
+    store, (_, k, v) = Store(random_layers(2, map_heads=0), SMALL), random_qkv(100)
     store.append(0, k, v)
     store.append(1, k[:, :, :60], v[:, :, :60])
     store.crop(70)
@@ -406,9 +406,9 @@ def test_memory_is_the_bytes_of_the_tensors(Store, dtype):
         memory = store.memory()
         assert memory["total"] == sum(t.untyped_storage().nbytes() for t in tensors_in(store))
         assert memory["total"] == sum(size for name, size in memory.items() if name != "total")
-    vectors = L * B * HKV * SMALL.coded_length(T)
-    assert memory["key_codes"] == vectors * 4 * 4 / 8
-    assert memory["value_codes"] == vectors * 4 * 6 / 8
+    vectors = B * HKV * SMALL.coded_length(T)
+    assert memory["key_codes"] == vectors * (4 * 4 + 4 * 6) / 8  # the layers' codes are swapped
+    assert memory["value_codes"] == vectors * (4 * 6 + 4 * 4) / 8
     assert memory["window"] == 2 * L * B * HKV * SMALL.residual * D * dtype.itemsize
     assert memory["pool_reserved"] <= 0.3 * (memory["key_codes"] + memory["value_codes"])
     assert store.bits == (4 * 4 + 4 * 6) / D / 2
@@ -430,7 +430,7 @@ def test_bytes_reserved_ahead_are_stated():
 @pytest.mark.parametrize("Store", STORES)
 def test_growth_is_amortised(Store):
     """A token at a time, buffers move a logarithmic number of times and keep what they held."""
-    store, (_, k, v) = Store(random_layers(rotation_heads=0), SMALL), random_qkv(1200, B=1)
+    store, (_, k, v) = Store(random_layers(map_heads=0), SMALL), random_qkv(1200, B=1)
     moves, address = 0, None
     for t in range(1200):
         view = store.append(0, k[:, :, t : t + 1], v[:, :, t : t + 1])

@@ -34,18 +34,16 @@ class Stores(RuleBasedStateMachine):
         window=st.sampled_from([WindowSpec(16, 32), WindowSpec(16, 64), WindowSpec(32, 64)]),
         prefill=st.sampled_from(["exact", "quantized"]),
         max_pages=st.sampled_from([None, 8, 40]),
-        rotated=st.booleans(),
+        mapped=st.booleans(),
         ops=st.sampled_from([None, "other layouts", "fragments"]),
         seed=st.integers(0, 1 << 20),
     )
-    def start(self, window, prefill, max_pages, rotated, ops, seed):
+    def start(self, window, prefill, max_pages, mapped, ops, seed):
         torch.manual_seed(seed)
         self.window, self.prefill = window, prefill
         codes = {"keys": (32, 8), "values": (16, 8)} if ops == "fragments" else {"values": (2, 5)}
         self.head_dim = 64 if ops == "fragments" else D
-        self.layers = random_layers(
-            LAYERS, rotation_heads=HKV if rotated else 0, head_dim=self.head_dim, **codes
-        )
+        self.layers = random_layers(LAYERS, map_heads=HKV if mapped else 0, head_dim=self.head_dim, **codes)
         self.contiguous = ContiguousStore(
             self.layers, window, prefill=prefill, ops=TorchOps("contiguous") if ops else None
         )

@@ -43,7 +43,8 @@ class Case:
     dtype: torch.dtype = F16
     m_keys: int = 64
     m_values: int = 64
-    rotated: bool = True
+    mapped: bool = True
+    mixed: bool = False
     window: WindowSpec = SMALL
 
 
@@ -51,12 +52,13 @@ CASES = [
     Case(),
     Case(group=1),
     Case(group=8, dtype=BF16),
-    Case(group=1, dtype=BF16, m_values=32, rotated=False),
+    Case(group=1, dtype=BF16, m_values=32, mapped=False),
     Case(group=16, m_keys=32, m_values=32),
     Case(64, 1, F16, 32, 32),
     Case(64, 4, BF16, 32, 16, window=WindowSpec(64, 128)),
-    Case(64, 8, F16, 16, 32, rotated=False),
+    Case(64, 8, F16, 16, 32, mapped=False),
     Case(window=WindowSpec(48, 144)),
+    Case(m_values=32, mixed=True),
 ]
 
 
@@ -78,7 +80,7 @@ def models(case: Case) -> tuple[PreTrainedModel, PreTrainedModel, Codebook]:
         "initializer_range": hidden**-0.5,  # K and V as large as the centroids
     }
     model = random_model(config, dtype=case.dtype, device=DEVICE)
-    codebook = random_codebook(model, (case.m_keys, 8), (case.m_values, 8), case.rotated)
+    codebook = random_codebook(model, (case.m_keys, 8), (case.m_values, 8), case.mapped, case.mixed)
     return model, copy.deepcopy(model).float(), codebook
 
 

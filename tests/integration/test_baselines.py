@@ -128,7 +128,7 @@ def test_the_window_is_that_of_the_real_cache(architecture: str, prefill: str) -
 @pytest.mark.parametrize("kind", INSTALLED)
 def test_one_pass_equals_token_by_token(kind: str) -> None:
     model, ids = tiny_model("llama"), random_ids(2, 150)
-    head_dim = codebook_for("llama").spec.keys.head_dim
+    head_dim = codebook_for("llama").specs[0].keys.head_dim
     codec = make_codec(kind, CodecSpec(head_dim, WINDOW.page_size, group=16))
     once = SimulatedCache(model, codec, WINDOW, prefill="quantized")
     stepwise = SimulatedCache(model, codec, WINDOW)

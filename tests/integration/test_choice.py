@@ -25,7 +25,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 def query(device: torch.device = GPU) -> KernelQuery:
     side = CodeSpec(128, 64, 8)
-    return KernelQuery("paged", device, torch.float16, PQSpec(side, side), WINDOW, 8, 4)
+    return KernelQuery("paged", device, torch.float16, (PQSpec(side, side),), WINDOW, 8, 4)
 
 
 def supporting(*stores: str) -> Any:

@@ -23,7 +23,7 @@ def test_everything_is_quantised_at_once(architecture: str) -> None:
     torch.testing.assert_close(distorted.layers[first].keys, expected, rtol=0, atol=1e-9)
     expected = quantise(dense.layers[first].values, codebook.values, 0)
     torch.testing.assert_close(distorted.layers[first].values, expected, rtol=0, atol=1e-9)
-    assert distorted.bits == codebook.spec.bits_per_element
+    assert distorted.bits == codebook.bits_per_element
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])

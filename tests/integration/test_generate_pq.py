@@ -233,10 +233,10 @@ def test_decoding_never_sees_dense_keys_or_values(store: str, monkeypatch: pytes
     assert len(decode) == 23
     assert max(decode) < WINDOW.residual
     assert {layer for layer, _, _ in seen} == {1}
-    assert cache.bits == codebook_for().spec.bits_per_element
+    assert cache.bits == codebook_for().bits_per_element
     memory = cache.memory()
     coded = WINDOW.coded_length(cache.get_seq_length())
-    assert memory["key_codes"] == 2 * 2 * coded * codebook_for().spec.keys.row_bytes
+    assert memory["key_codes"] == 2 * 2 * coded * codebook_for().specs[0].keys.row_bytes
     assert memory["total"] == sum(v for name, v in memory.items() if name not in ("total", "codebooks"))
 
 

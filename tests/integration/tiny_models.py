@@ -66,9 +66,9 @@ def _tiny_model(architecture: str, seed: int) -> PreTrainedModel:
 
 
 @cache
-def codebook_for(architecture: str = "llama", rotated: bool = True) -> Codebook:
-    """Random centroids and rotations: keys in 8 subspaces of 5 bits, values in 4 of 8 bits."""
-    return random_codebook(tiny_model(architecture), (8, 5), (4, 8), rotated)
+def codebook_for(architecture: str = "llama", mapped: bool = True) -> Codebook:
+    """Random centroids and transforms: keys in 8 subspaces of 5 bits, values in 4 of 8 bits."""
+    return random_codebook(tiny_model(architecture), (8, 5), (4, 8), mapped)
 
 
 def random_ids(B: int, T: int, seed: int = 0) -> Tensor:
@@ -78,11 +78,15 @@ def random_ids(B: int, T: int, seed: int = 0) -> Tensor:
 def quantise(x: Tensor, quantizer: ProductQuantizer, layer: int) -> Tensor:
     """`[B, Hkv, T, D]` replaced by nearest centroids, by the definition."""
     B, Hkv, T, D = x.shape
-    spec, result = quantizer.spec, torch.empty_like(x)
+    spec, result = quantizer.specs[layer], torch.empty_like(x)
     for head in range(Hkv):
-        rotation = (torch.eye(D) if quantizer.rotation is None else quantizer.rotation[layer, head]).double()
-        parts = (x[:, head] @ rotation).unflatten(-1, (spec.M, spec.dsub))
-        centroids = quantizer.centroids[layer, head].double()
+        there = back = torch.eye(D).double()
+        if quantizer.transform is not None:
+            there, back = (
+                m[layer, head].double() for m in (quantizer.transform.encode, quantizer.transform.decode)
+            )
+        parts = (x[:, head] @ there).unflatten(-1, (spec.M, spec.dsub))
+        centroids = quantizer.centroids[layer][head].double()
         nearest = torch.stack(
             [
                 torch.cdist(parts[..., m, :].reshape(-1, spec.dsub), centroids[m]).argmin(-1)
@@ -90,8 +94,7 @@ def quantise(x: Tensor, quantizer: ProductQuantizer, layer: int) -> Tensor:
             ]
         )
         decoded = torch.stack([centroids[m][nearest[m]] for m in range(spec.M)], dim=1)
-        # A rotation in float32 is orthogonal to 1e-7 only, so its transpose is what the codec undoes it with.
-        result[:, head] = decoded.reshape(B, T, D) @ rotation.mT
+        result[:, head] = decoded.reshape(B, T, D) @ back
     return result
 
 

@@ -16,6 +16,7 @@ from million_cli.ops.layouts import RowLayout
 from million_cli.ops.reference import attention
 from million_cli.pq.codebook import LayerPQ
 from million_cli.pq.packing import code_dtype
+from million_cli.pq.transform import Transform
 from million_cli.spec import CodeSpec
 
 torch.set_num_threads(1)
@@ -23,15 +24,16 @@ D = 8
 
 
 def random_side(
-    M: int, nbits: int, heads: int, rotation_heads: int, B: int, Hkv: int, T: int
+    M: int, nbits: int, heads: int, map_heads: int, B: int, Hkv: int, T: int
 ) -> tuple[LayerPQ, Tensor]:
     """A quantizer and codes `[B, Hkv, T, M]`, all random (the global generator's)."""
     spec = CodeSpec(D, M, nbits)
-    rotation = None
-    if rotation_heads:
-        rotation = torch.linalg.qr(torch.randn(rotation_heads, D, D, dtype=torch.float64))[0].float()
+    transform = None
+    if map_heads:
+        maps = torch.linalg.qr(torch.randn(map_heads, D, D, dtype=torch.float64))[0]
+        transform = Transform.invertible((maps * (0.5 + torch.rand(map_heads, 1, D))).float())
     codes = torch.randint(spec.C, (B, Hkv, T, M)).to(code_dtype(nbits))
-    return LayerPQ(spec, torch.randn(heads, M, spec.C, spec.dsub), rotation), codes
+    return LayerPQ(spec, torch.randn(heads, M, spec.C, spec.dsub), transform), codes
 
 
 def reader(codes: Tensor, spec: CodeSpec) -> ContiguousCodes:
@@ -46,8 +48,8 @@ def decoded(codes: Tensor, pq: LayerPQ) -> Tensor:
     for h in range(Hkv):
         centroids = pq.centroids[h % pq.centroids.shape[0]].double()
         vectors = torch.cat([centroids[m][codes[:, h, :, m].long()] for m in range(M)], dim=-1)
-        if pq.rotation is not None:
-            vectors = vectors @ pq.rotation[h % pq.rotation.shape[0]].double().T
+        if pq.transform is not None:
+            vectors = vectors @ pq.transform.decode[h % pq.transform.decode.shape[0]].double()
         out[:, h] = vectors
     return out
 
@@ -114,7 +116,7 @@ def make_case(
     keys: tuple[int, int] = (4, 4),
     values: tuple[int, int] = (2, 5),
     per_head: bool = True,
-    rotated: bool = True,
+    mapped: bool = True,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> Case:
@@ -122,8 +124,8 @@ def make_case(
     torch.manual_seed(seed)
     boundaries = [20] * N if boundaries is None else boundaries
     heads, T = Hkv if per_head else 1, boundaries[-1]
-    pq_k, codes_k = random_side(*keys, heads, heads if rotated else 0, B, Hkv, T)
-    pq_v, codes_v = random_side(*values, heads, heads if rotated else 0, B, Hkv, T)
+    pq_k, codes_k = random_side(*keys, heads, heads if mapped else 0, B, Hkv, T)
+    pq_v, codes_v = random_side(*values, heads, heads if mapped else 0, B, Hkv, T)
     exact_k, exact_v = torch.randn(2, B, Hkv, T - boundaries[0] + exact, D, dtype=torch.float64).to(dtype)
     query = torch.randn(B, Hkv * G, N, D, dtype=torch.float64).to(dtype)
     readers = reader(codes_k, pq_k.spec), reader(codes_v, pq_v.spec)
@@ -160,7 +162,7 @@ def cases(draw) -> tuple[Case, dict]:
         keys=(draw(st.sampled_from([1, 4, 8])), draw(st.sampled_from([1, 4, 8, 9]))),
         values=(draw(st.sampled_from([2, 4])), draw(st.sampled_from([2, 8, 10]))),
         per_head=draw(st.booleans()),
-        rotated=draw(st.booleans()),
+        mapped=draw(st.booleans()),
         seed=draw(st.integers(0, 1000)),
     )
     length = boundaries[0] + case.exact_k.shape[2]
@@ -230,7 +232,7 @@ def test_one_query_never_decodes_keys(monkeypatch):
 
 def test_values_equal_probabilities_summed_into_centroids():
     """The other form of the values' part: o_m = sum_c (sum of p over the tokens of code c) centroid[m, c]."""
-    case = make_case(B=1, Hkv=1, G=1, N=1, boundaries=[40], rotated=False)
+    case = make_case(B=1, Hkv=1, G=1, N=1, boundaries=[40], mapped=False)
     _, value_codes, _, pq, _, _ = case.positional
     k = torch.cat([case.coded_k, case.exact_k], dim=2)[0, 0]
     p = (k @ case.query[0, 0, 0]).softmax(0)
@@ -265,7 +267,7 @@ def test_low_precision_is_rounded_once(dtype, N, scale):
 
 @pytest.mark.parametrize("coded", [True, False])
 def test_one_dominant_key(coded):
-    case = make_case(B=1, Hkv=1, G=1, N=1, rotated=False)
+    case = make_case(B=1, Hkv=1, G=1, N=1, mapped=False)
     case.exact_k.mul_(0.01 if coded else 100)
     case.query.mul_(1e4)
     winner = (torch.cat([case.coded_k, case.exact_k], 2)[0, 0] @ case.query[0, 0, 0]).argmax()

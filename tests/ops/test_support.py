@@ -21,7 +21,7 @@ def spec(D: int, MK: int, MV: int, nbits: int = 8) -> PQSpec:
     return PQSpec(CodeSpec(D, MK, nbits), CodeSpec(D, MV, nbits))
 
 
-QUERY = KernelQuery("paged", GPU, torch.float16, spec(128, 64, 64), WindowSpec(), 8, 4)
+QUERY = KernelQuery("paged", GPU, torch.float16, (spec(128, 64, 64),), WindowSpec(), 8, 4)
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_every_supported_case(loads: list[None]) -> None:
     cases = product((64, 128), (2, 4), (2, 4), (torch.float16, torch.bfloat16), (1, 4, 8, 16), (16, 64, 256))
     for D, key_dims, value_dims, dtype, group, P in cases:
         codes = spec(D, D // key_dims, D // value_dims)
-        query = replace(QUERY, spec=codes, dtype=dtype, group=group, window=WindowSpec(P, 2 * P))
+        query = replace(QUERY, specs=(codes, codes), dtype=dtype, group=group, window=WindowSpec(P, 2 * P))
         assert support.support(query) is None
         assert support.support(replace(query, store="contiguous")) is None
     assert len(loads) == 2 * (2 * 2 * 2 * 2 * 4 * 3)
@@ -50,9 +50,9 @@ def test_every_supported_case(loads: list[None]) -> None:
         ({"device": torch.device("mps")}, "no compiled kernels for device mps"),
         ({"softcap": True}, "softcapped"),
         ({"dtype": torch.float32}, "dtype=float32"),
-        ({"spec": spec(96, 48, 48)}, "head_dim=96"),
-        ({"spec": spec(128, 64, 16)}, "M=16"),
-        ({"spec": spec(128, 64, 64, 6)}, "nbits=6"),
+        ({"specs": (spec(96, 48, 48),)}, "head_dim=96"),
+        ({"specs": (spec(128, 64, 64), spec(128, 64, 16))}, "M=16"),
+        ({"specs": (spec(128, 64, 64, 6),)}, "nbits=6"),
         ({"group": 17}, "17 query heads"),
     ],
 )
@@ -66,7 +66,7 @@ def test_reasons(change: dict[str, Any], reason: str, loads: list[None]) -> None
 def test_the_weakest_gpu_decides(loads: list[None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(support, "device_architectures", lambda: (89, 90))
     assert "compute capability 89" in str(support.support(QUERY))
-    assert support.support(replace(QUERY, spec=spec(64, 32, 32))) is None
+    assert support.support(replace(QUERY, specs=(spec(64, 32, 32),))) is None
     assert support.support(replace(QUERY, store="contiguous")) is None, "it needs less shared memory"
 
 

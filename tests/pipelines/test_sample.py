@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from million_cli.errors import UserError
+from million_cli.integration.information import NoGradients
 from million_cli.integration.sampling import Samples
 from million_cli.pipelines import sample as pipeline
 from million_cli.pipelines.sample import run_sample, sample, sample_key
 from million_cli.pipelines.session import Session
+from million_cli.pipelines.train_codebook import train
+from million_cli.pq import Codebook
 
 
 def tensors(folder):
@@ -39,7 +42,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_sample(job, tmp_path,
     with pytest.raises(RuntimeError, match="power cut"):
         sample(Session(config))
     folder = sample(Session(config))
-    assert len(calls) == 1 + 2048 // 256  # the window that failed is the only one read twice
+    assert len(calls) == 1 + 8 + 4 + 1  # the window that failed is the only one read twice
     assert calls[3] == calls[4]
     assert torch.equal(tensors(folder), tensors(sample(Session(job("sample.batch=1")))))
 
@@ -71,3 +74,59 @@ def test_refusals(job, tmp_path):
     (tmp_path / "samples").write_text("in the way")
     with pytest.raises(UserError, match="cannot write"):
         sample(Session(job(f"out={tmp_path}")))
+
+
+def test_code_and_repetitions_are_spread_among_the_text(job):
+    session = Session(job("sample.repeats=0.2", "sample.code=0.4"))
+    text = pipeline._windows(Session(job("sample.repeats=0", "sample.code=0")))
+    windows = pipeline._windows(session)
+    assert len(windows) == 8 + 4 + 8
+    rows = [row.tolist() for row in windows]
+    assert [row for row in rows if row in text.tolist()] == text.tolist()  # in order
+    repeating = [row for row in rows if any(row[p:] == row[:-p] for p in range(16, 129))]
+    assert len(repeating) == 4
+    kinds = ["t" if row in text.tolist() else "r" if row in repeating else "c" for row in rows]
+    for half in (kinds[:10], kinds[10:]):
+        assert sorted(half) == ["c"] * 4 + ["r"] * 2 + ["t"] * 4
+    code = [row for row, kind in zip(rows, kinds, strict=True) if kind == "c"]
+    assert "import" in "".join(map(session.tokenizer.decode, code))
+
+
+def test_information_goes_on_after_an_interruption(job, tmp_path, monkeypatch):
+    straight = Samples(sample(Session(job("sample.batch=1")))).information()
+    config = job(f"out={tmp_path}", "sample.batch=1")
+    read, calls = pipeline.read_text, []
+
+    def failing(*arguments):
+        calls.append(None)
+        if len(calls) == 6:
+            raise RuntimeError("power cut")
+        read(*arguments)
+
+    monkeypatch.setattr(pipeline, "SAVE_EVERY_S", -1.0)
+    monkeypatch.setattr(pipeline, "read_text", failing)
+    with pytest.raises(RuntimeError, match="power cut"):
+        sample(Session(config))
+    resumed = Samples(sample(Session(config))).information()
+    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+    assert straight["counts"][1] == 13 * 256
+
+
+def test_a_model_without_gradients_is_sampled_all_the_same(job, tmp_path, monkeypatch, caplog):
+    def refuse(self, input_ids):
+        raise NoGradients("the weights are packed")
+
+    monkeypatch.setattr(pipeline.Information, "read", refuse)
+    config = job(f"out={tmp_path}", "quantizer=pq-3bit", "quantizer.bits=1.125")
+    codebook = Codebook.load(train(Session(config)))
+    assert "trained without Fisher information: the weights are packed" in caplog.text
+    assert codebook.meta.key_metric == "euclidean"
+    assert codebook.meta.key_predicted_kl == []
+    assert [spec.M for spec in codebook.keys.specs] == [16, 16]
+    assert [spec.M for spec in codebook.values.specs] == [8, 8]
+
+
+@pytest.mark.parametrize("override", ["sample.repeats=1", "sample.code=-0.1", "sample.code=0.95"])
+def test_shares_are_checked(job, override):
+    with pytest.raises(UserError, match="accepted are shares from 0, together below 1"):
+        job(override)

@@ -19,8 +19,8 @@ def test_the_codebook_says_where_it_comes_from(job):
     text = session.text(session.config.data)
     assert codebook.meta.fingerprint == session.fingerprint
     assert codebook.meta.calibration_sha256 == text.sha256
-    assert (codebook.meta.seed, codebook.meta.tokens, codebook.meta.samples) == (4, 2048, 512)
-    assert codebook.spec.keys == CodeSpec(32, 16, 3)
+    assert (codebook.meta.seed, codebook.meta.tokens, codebook.meta.samples) == (4, 3328, 512)
+    assert codebook.keys.specs == (CodeSpec(32, 16, 3),) * 2
     assert (codebook.keys.scope, codebook.meta.trainer) == ("head", "torch")
 
 
@@ -32,8 +32,9 @@ def test_a_trained_codebook_is_found_again(job, monkeypatch):
 
 def test_the_same_job_elsewhere_trains_the_same_codebook(job, tmp_path):
     here, there = (Codebook.load(train(Session(c))) for c in (job(), job(f"out={tmp_path}")))
-    assert torch.equal(here.keys.centroids, there.keys.centroids)
-    assert torch.equal(here.values.centroids, there.values.centroids)
+    for side in ("keys", "values"):
+        for a, b in zip(getattr(here, side).centroids, getattr(there, side).centroids, strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(
@@ -46,14 +47,22 @@ def test_another_job_has_another_codebook(job, override):
 
 def test_quantizers_differ_as_configured(job):
     shapes = {}
+    budget = {"pq-3bit": ["quantizer.bits=1.125"]}  # of codes of 3 bits
     for name in ("million-paper", "pq-4bit", "pq-3bit", "pq-2bit"):
-        codebook = Codebook.load(train(Session(job(f"quantizer={name}"))))
-        shapes[name] = tuple(codebook.keys.centroids.shape[:3]), codebook.spec.values.M
+        codebook = Codebook.load(train(Session(job(f"quantizer={name}", *budget.get(name, [])))))
+        shapes[name] = (
+            [tuple(table.shape[:2]) for table in codebook.keys.centroids],
+            [spec.M for spec in codebook.values.specs],
+            codebook.bits_per_element,
+            codebook.meta.key_metric,
+        )
+    keys, values, *rest = shapes.pop("pq-3bit")
+    assert sorted([*(M for _, M in keys), *values]) == [8, 8, 16, 16]
+    assert rest == [1.125, "fisher"]
     assert shapes == {
-        "million-paper": ((1, 1, 16), 16),
-        "pq-4bit": ((2, 2, 16), 16),
-        "pq-3bit": ((2, 2, 16), 8),
-        "pq-2bit": ((2, 2, 8), 8),
+        "million-paper": ([(1, 16)], [16, 16], 1.5, "euclidean"),
+        "pq-4bit": ([(2, 16)] * 2, [16, 16], 1.5, "fisher"),
+        "pq-2bit": ([(2, 8)] * 2, [8, 8], 0.75, "fisher"),
     }
 
 

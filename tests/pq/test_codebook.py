@@ -9,6 +9,7 @@ from million_cli.errors import UserError
 from million_cli.files import read_safetensors
 from million_cli.pq import Codebook, CodebookMeta, ProductQuantizer
 from million_cli.pq.rotation import random_hadamard
+from million_cli.pq.transform import Transform
 from million_cli.spec import SCOPES, CodeSpec, ModelFingerprint
 
 L, HKV, D = 3, 2, 8
@@ -25,23 +26,27 @@ META = CodebookMeta(
     iterations=25,
     key_rotation="hadamard",
     value_rotation="none",
+    key_metric="fisher",
+    value_metric="euclidean",
     key_error=[[0.1, 0.2]] * L,
     value_error=[[0.3, 0.4]] * L,
     versions={"torch": "2.13.0"},
 )
 
 
-def quantizer(scope, M, nbits, rotation=None):
-    spec = CodeSpec(D, M, nbits)
-    shape = {"merged": (1, 1), "layer": (L, 1), "head": (L, HKV)}[scope]
-    return ProductQuantizer(spec, scope, torch.randn(*shape, M, spec.C, spec.dsub), rotation)
+def quantizer(scope, M, nbits, transform=None):
+    """M: of all layers, or of each."""
+    specs = tuple(CodeSpec(D, m, nbits) for m in (M if isinstance(M, tuple) else (M,) * L))
+    Hc = HKV if scope == "head" else 1
+    tables = tuple(torch.randn(Hc, spec.M, spec.C, spec.dsub) for spec in specs)
+    return ProductQuantizer(specs, scope, tables[:1] if scope == "merged" else tables, transform)
 
 
 @pytest.fixture
 def codebook():
     torch.manual_seed(0)
-    rotation = torch.stack([random_hadamard(D, layer).float()[None] for layer in range(L)])
-    return Codebook(quantizer("head", 4, 3, rotation), quantizer("layer", 2, 9), META)
+    transform = Transform.invertible(torch.eye(D) + torch.rand(L, 1, D, D) / D)
+    return Codebook(quantizer("head", (4, 8, 2), 3, transform), quantizer("layer", 2, 9), META)
 
 
 def test_a_saved_codebook_comes_back_whole(codebook, tmp_path):
@@ -49,23 +54,29 @@ def test_a_saved_codebook_comes_back_whole(codebook, tmp_path):
     codebook.save(path)
     loaded = Codebook.load(path)
     assert loaded.meta == codebook.meta
-    assert loaded.spec == codebook.spec
+    assert loaded.specs == codebook.specs
     assert loaded.num_layers == L
     for ours, theirs in ((codebook.keys, loaded.keys), (codebook.values, loaded.values)):
         assert ours.scope == theirs.scope
-        assert torch.equal(ours.centroids, theirs.centroids)
-        assert (ours.rotation is None) == (theirs.rotation is None)
-    assert torch.equal(codebook.keys.rotation, loaded.keys.rotation)
+        assert all(map(torch.equal, ours.centroids, theirs.centroids))
+    assert loaded.values.transform is None
+    assert torch.equal(codebook.keys.transform.encode, loaded.keys.transform.encode)
+    assert torch.equal(codebook.keys.transform.decode, loaded.keys.transform.decode)
+
+
+def test_bits_are_the_mean_over_layers_and_sides(codebook):
+    keys = (4 + 8 + 2) * 3 / (3 * D)
+    assert codebook.bits_per_element == pytest.approx((keys + 2 * 9 / D) / 2)
 
 
 @pytest.mark.parametrize("scope", SCOPES)
 def test_layer_picks_the_tables_of_a_layer(scope):
-    side = quantizer(scope, 4, 3, random_hadamard(D, 0).float()[None, None])
+    side = quantizer(scope, 4, 3, Transform.rotation(random_hadamard(D, 0).float()[None, None]))
     for i in range(L):
         layer = side.layer(i)
         assert torch.equal(layer.centroids, side.centroids[0 if scope == "merged" else i])
         assert layer.centroids.shape[0] == (HKV if scope == "head" else 1)
-        assert torch.equal(layer.rotation, side.rotation[0])
+        assert torch.equal(layer.transform.encode, side.transform.encode[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -75,13 +86,15 @@ def test_size_is_that_of_the_tensors_in_use(codebook, dtype):
         for i in range(L):
             layer = side.layer(i).to("cpu", dtype)
             assert layer.centroids.dtype == dtype
-            held += layer.centroids.nbytes + (0 if layer.rotation is None else layer.rotation.nbytes)
+            held += layer.centroids.nbytes
+            if layer.transform is not None:
+                held += layer.transform.encode.nbytes + layer.transform.decode.nbytes
     assert codebook.size_bytes(dtype) == held
 
 
-def test_a_rotation_stays_orthogonal_when_centroids_become_half(codebook):
-    rotation = codebook.keys.layer(0).to(dtype=torch.float16).rotation
-    assert rotation.dtype == torch.float32
+def test_a_transform_stays_invertible_when_centroids_become_half(codebook):
+    transform = codebook.keys.layer(0).to(dtype=torch.float16).transform
+    assert transform.decode.dtype == torch.float32
 
 
 def test_check_names_every_field_that_differs(codebook):
@@ -119,28 +132,41 @@ def edit_tensors(change):
         (lambda t, m: (t, {}), "is not a codebook: format=None"),
         (lambda t, m: (t, {**m, "card": "{"}), "no readable card"),
         (lambda t, m: (t, {"format": m["format"]}), "no readable card"),
-        (edit_card(lambda c: c.update(version=99)), "format version 99; accepted is 1"),
+        (edit_card(lambda c: c.update(version=99)), "format version 99; accepted is 2: train it again"),
         (edit_card(lambda c: c["meta"].pop("tokens")), "damaged card"),
         (edit_card(lambda c: c["meta"]["fingerprint"].update(layers=3)), "damaged card"),
         (edit_card(lambda c: c.pop("values")), "damaged card: KeyError: 'values'"),
-        (edit_card(lambda c: c["keys"].update(M=3)), "damaged card: UserError: M=3 does not divide"),
+        (
+            edit_card(lambda c: c["keys"]["specs"][1].update(M=3)),
+            "damaged card: UserError: M=3 does not divide",
+        ),
         (edit_card(lambda c: c["keys"].update(scope="both")), "keys: scope='both', accepted are merged"),
         (
-            edit_card(lambda c: c["keys"].update(nbits=4)),
-            r"keys: centroids have shape \[3, 2, 4, 8, 2\], exp",
+            edit_card(lambda c: c["keys"]["specs"][0].update(nbits=4)),
+            r"keys: centroids.0 have shape \[2, 4, 8, 2\], expected \[2, 4, 16, 2\]",
         ),
-        (edit_card(lambda c: c["keys"].update(head_dim=16)), "keys: head_dim=16, but the model has 8"),
-        (edit_card(lambda c: c["values"].update(scope="merged")), "values: centroids have shape"),
-        (edit_tensors(lambda t: t.pop("values.centroids")), "values: centroids are missing"),
         (
-            edit_tensors(lambda t: t["keys.centroids"].view(-1)[5:6].fill_(torch.nan)),
-            "keys: centroids are not",
+            edit_card(lambda c: c["keys"]["specs"][2].update(head_dim=16)),
+            "keys: head_dim=16, but the model has 8",
         ),
-        (edit_tensors(lambda t: t.update({"keys.rotation": torch.eye(4)})), "keys: rotation has shape"),
+        (edit_card(lambda c: c["keys"]["specs"].pop()), "keys: 2 layers, but the model has 3"),
         (
-            edit_tensors(lambda t: t.update({"keys.rotation": t["keys.rotation"].half()})),
-            "keys: rotation are",
+            edit_card(lambda c: c["keys"].update(scope="merged")),
+            "keys: layers that share centroids have diff",
         ),
+        (edit_card(lambda c: c["values"].update(scope="head")), r"values: centroids.0 have shape \[1, "),
+        (edit_tensors(lambda t: t.pop("values.centroids.1")), "values: centroids.1 are missing"),
+        (
+            edit_tensors(lambda t: t["keys.centroids.0"].view(-1)[5:6].fill_(torch.nan)),
+            "keys: centroids.0 are not",
+        ),
+        (edit_tensors(lambda t: t.update({"keys.encode": torch.eye(4)})), "keys: encode has shape"),
+        (edit_tensors(lambda t: t.pop("keys.decode")), "keys: encode is there without its inverse"),
+        (
+            edit_tensors(lambda t: t.update({"keys.decode": t["keys.decode"][:1].clone()})),
+            "keys: encode and decode differ in shape",
+        ),
+        (edit_tensors(lambda t: t.update({"keys.encode": t["keys.encode"].half()})), "keys: encode are not"),
     ],
 )
 def test_a_damaged_codebook_is_refused_in_one_line(codebook, tmp_path, damage, message):

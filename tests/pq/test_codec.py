@@ -13,6 +13,7 @@ from million_cli.pq.codebook import LayerPQ
 from million_cli.pq.codec import decode, encode
 from million_cli.pq.packing import code_dtype
 from million_cli.pq.rotation import random_hadamard
+from million_cli.pq.transform import Transform
 from million_cli.spec import CodeSpec
 
 B, H, T = 2, 3, 17
@@ -24,13 +25,15 @@ def make(D, M, nbits, Hc=1, Hr=0, seed=0):
     spec = CodeSpec(D, M, nbits)
     offset = torch.randn(D) * 10
     centroids = torch.randn(Hc, M, spec.C, spec.dsub) + offset.view(M, 1, spec.dsub)
-    rotation = torch.stack([random_hadamard(D, h).float() for h in range(Hr)]) if Hr else None
-    return LayerPQ(spec, centroids, rotation), torch.randn(B, H, T, D, dtype=torch.float64) + offset
+    transform = (
+        Transform.rotation(torch.stack([random_hadamard(D, h).float() for h in range(Hr)])) if Hr else None
+    )
+    return LayerPQ(spec, centroids, transform), torch.randn(B, H, T, D, dtype=torch.float64) + offset
 
 
 def distances(x, pq):
     """float64 [B, H, T, M, C] by the definition."""
-    x = x.double() if pq.rotation is None else x.double() @ pq.rotation.double()
+    x = x.double() if pq.transform is None else x.double() @ pq.transform.encode.double()
     x = x.view(*x.shape[:3], pq.spec.M, 1, pq.spec.dsub)
     return (x - pq.centroids.double()[:, None]).square().sum(-1)
 
@@ -46,7 +49,7 @@ def test_float64_codes_are_the_brute_force_ones(nbits):
 
 @pytest.mark.parametrize(("Hc", "Hr"), [(1, 0), (H, 0), (1, 1), (H, H), (1, H)])
 @pytest.mark.parametrize("M", [1, 4, 12, 24])
-def test_float64_codes_for_any_split_sharing_and_rotation(M, Hc, Hr):
+def test_float64_codes_for_any_split_sharing_and_transform(M, Hc, Hr):
     pq, x = make(24, M, 5, Hc, Hr)
     assert torch.equal(encode(x, pq).long(), distances(x, pq).argmin(-1))
 
@@ -139,13 +142,13 @@ def test_decoding_looks_up_the_centroids(nbits, Hc, dtype):
 
 
 @pytest.mark.parametrize("Hr", [1, H])
-def test_decoding_undoes_the_rotation_unless_told_not_to(Hr):
+def test_decoding_undoes_the_transform_unless_told_not_to(Hr):
     pq, x = make(8, 4, 6, 1, Hr)
     codes = encode(x, pq)
-    rotated = decode(codes, pq, torch.float64, rotated=True)
-    assert torch.equal(rotated, decode(codes, LayerPQ(pq.spec, pq.centroids), torch.float64))
+    mapped = decode(codes, pq, torch.float64, mapped=True)
+    assert torch.equal(mapped, decode(codes, LayerPQ(pq.spec, pq.centroids), torch.float64))
     undone = decode(codes, pq, torch.float64)
-    torch.testing.assert_close(undone @ pq.rotation.double(), rotated, atol=1e-5, rtol=0)
+    torch.testing.assert_close(undone @ pq.transform.encode.double(), mapped, atol=1e-5, rtol=0)
     half = decode(codes, pq, torch.bfloat16)
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.double(), undone, atol=0.05, rtol=2**-8)

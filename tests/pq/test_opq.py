@@ -10,6 +10,7 @@ from million_cli.pq import TrainSpec, train_quantizer
 from million_cli.pq.faiss_kmeans import import_faiss
 from million_cli.pq.opq import balanced_rotation, deal, optimised_rotation, procrustes
 from million_cli.pq.rotation import Fit, fit_rotation, random_orthogonal
+from million_cli.pq.transform import Transform
 from million_cli.spec import SCOPES, CodeSpec
 
 H, N, D = 3, 3000, 16
@@ -51,9 +52,10 @@ def _seed():
 def error(samples, rotation):
     """Mean squared error of k-means under the rotation, on the samples that train it."""
     train = TrainSpec(seed=1, max_samples_per_centroid=10**6)
-    _, errors = train_quantizer(samples[None], SPEC, train, rotation=rotation)
+    transform = None if rotation is None else Transform.rotation(rotation)
+    trained = train_quantizer(samples[None], SPEC, train, transform=transform)
     variance = (samples - samples.mean(1, keepdim=True)).square().mean((1, 2))
-    return sum(e * v for e, v in zip(errors[0], variance.tolist(), strict=True)) / H
+    return sum(e * v for e, v in zip(trained.error[0], variance.tolist(), strict=True)) / H
 
 
 def opq(samples, alternations, **options):
@@ -166,7 +168,9 @@ def test_alternation_fits_the_centroids_that_heads_share(shared):
     errors = []
     for alternations in (0, 1, 20):
         R = optimised_rotation(x, SPEC, alternations=alternations, **options)
-        errors.append(sum(train_quantizer(x[None], SPEC, TrainSpec(scope=scope), rotation=R[None])[1][0]))
+        transform = Transform.rotation(R[None])
+        trained = train_quantizer(x[None], SPEC, TrainSpec(scope=scope), transform=transform)
+        errors.append(sum(trained.error[0]))
     assert errors[2] < errors[0]
     assert errors[2] < errors[1]
 

@@ -8,6 +8,7 @@ from million_cli.errors import UserError
 from million_cli.pq import TrainSpec, decode, encode, train_codebook, train_quantizer
 from million_cli.pq import train as module
 from million_cli.pq.rotation import random_hadamard, random_orthogonal
+from million_cli.pq.transform import Transform
 from million_cli.spec import SCOPES, CodeSpec, ModelFingerprint, PQSpec
 
 L, HKV, N, D = 2, 3, 400, 8
@@ -49,10 +50,10 @@ def test_each_scope_has_its_shape_and_its_errors_in_the_card(scope, trainer):
         **CARD,
     )
     shape = {"merged": (1, 1), "layer": (L, 1), "head": (L, HKV)}[scope]
-    assert codebook.keys.centroids.shape == (*shape, 4, 16, 2)
-    assert codebook.values.centroids.shape == (*shape, 2, 8, 4)
-    assert codebook.keys.rotation is None
-    assert torch.equal(codebook.values.rotation, random_hadamard(D, 5).float()[None, None])
+    assert [tuple(table.shape) for table in codebook.keys.centroids] == [(shape[1], 4, 16, 2)] * shape[0]
+    assert [tuple(table.shape) for table in codebook.values.centroids] == [(shape[1], 2, 8, 4)] * shape[0]
+    assert codebook.keys.transform is None
+    assert torch.equal(codebook.values.transform.encode, random_hadamard(D, 5).float()[None, None])
     meta = codebook.meta
     torch.testing.assert_close(meta.key_error, relative_errors(keys, codebook.keys), rtol=1e-4, atol=0)
     torch.testing.assert_close(
@@ -68,7 +69,7 @@ def test_each_scope_has_its_shape_and_its_errors_in_the_card(scope, trainer):
 
 def test_finer_scopes_fit_better():
     errors = [
-        sum(map(sum, train_quantizer(samples(), SPEC.keys, TrainSpec(scope=scope))[1])) for scope in SCOPES
+        sum(map(sum, train_quantizer(samples(), SPEC.keys, TrainSpec(scope=scope)).error)) for scope in SCOPES
     ]
     assert errors[0] > errors[1] > errors[2]
 
@@ -80,23 +81,25 @@ def test_the_seed_decides_everything():
         for t in (train, train, replace(train, seed=1))
     )
     for side in ("keys", "values"):
-        assert torch.equal(getattr(first, side).centroids, getattr(again, side).centroids)
-        assert not torch.equal(getattr(first, side).centroids, getattr(other, side).centroids)
+        one, same, another = (getattr(codebook, side).centroids for codebook in (first, again, other))
+        assert all(map(torch.equal, one, same))
+        assert not any(map(torch.equal, one, another))
 
 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("shape", [(1, 1), (L, 1), (1, HKV), (L, HKV)])
-def test_training_sees_each_head_under_its_rotation(scope, shape):
-    """Training on rotated samples without a rotation gives the same centroids."""
+def test_training_sees_each_head_under_its_transform(scope, shape):
+    """Training on mapped samples without a transform gives the same centroids."""
     generator = torch.Generator().manual_seed(0)
     rotation = torch.stack([random_orthogonal(D, generator) for _ in range(shape[0] * shape[1])])
     rotation = rotation.view(*shape, D, D)
     x = samples().double()
     train = TrainSpec(scope=scope, iterations=2)
-    with_rotation, _ = train_quantizer(x, SPEC.keys, train, rotation=rotation.float())
-    rotated, _ = train_quantizer(x.float() @ rotation.float(), SPEC.keys, train)
-    torch.testing.assert_close(with_rotation.centroids, rotated.centroids, rtol=1e-4, atol=1e-4)
-    assert torch.equal(with_rotation.rotation, rotation.float())
+    transform = Transform.rotation(rotation.float())
+    inside = train_quantizer(x, SPEC.keys, train, transform=transform).quantizer
+    outside = train_quantizer(x.float() @ rotation.float(), SPEC.keys, train).quantizer
+    torch.testing.assert_close(inside.centroids, outside.centroids, rtol=1e-4, atol=1e-4)
+    assert inside.transform is transform
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -122,15 +125,14 @@ def test_a_problem_uses_no_more_samples_than_allowed(scope, monkeypatch):
 def test_constant_heads_have_no_error_and_no_nan():
     x = samples()
     x[0, 1] = 3.3
-    quantizer, errors = train_quantizer(x, SPEC.keys, TrainSpec())
-    assert quantizer.centroids.isfinite().all()
-    assert errors[0][1] < 1e-12
+    trained = train_quantizer(x, SPEC.keys, TrainSpec())
+    assert all(table.isfinite().all() for table in trained.quantizer.centroids)
+    assert trained.error[0][1] < 1e-12
 
 
 def test_one_sample_is_enough():
     x = samples()[:, :, :1]
-    quantizer, _ = train_quantizer(x, SPEC.keys, TrainSpec())
-    pq = quantizer.layer(1)
+    pq = train_quantizer(x, SPEC.keys, TrainSpec()).quantizer.layer(1)
     torch.testing.assert_close(decode(encode(x[1:], pq), pq, torch.float32), x[1:])
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
@@ -63,8 +64,8 @@ def attend(query: Tensor, view: Any, *, scale: float, mask: Tensor | None, softc
     is_stored = torch.arange(len(tokens), device=query.device) < view.coded
     positions = torch.arange(view.length - N, view.length, device=query.device)
     grouped = query.to(dtype).unflatten(1, (keys.shape[1], -1)) * scale  # [B, Hkv, G, N, D]
-    outputs = []
-    for rows in torch.arange(N, device=query.device).split(max(1, _SCORE_ELEMENTS // (B * Hq * len(tokens)))):
+
+    def attend_rows(grouped: Tensor, keys: Tensor, values: Tensor, rows: Tensor) -> Tensor:
         scores = torch.einsum("bhgnd,bhtd->bhgnt", grouped[..., rows, :], keys)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
@@ -79,7 +80,13 @@ def attend(query: Tensor, view: Any, *, scale: float, mask: Tensor | None, softc
             else:
                 scores = scores + part
         weights = scores.masked_fill(~seen, torch.finfo(dtype).min).softmax(-1)
-        outputs.append(torch.einsum("bhgnt,bhtd->bhgnd", weights, values))
+        return torch.einsum("bhgnt,bhtd->bhgnd", weights, values)
+
+    blocks = torch.arange(N, device=query.device).split(max(1, _SCORE_ELEMENTS // (B * Hq * len(tokens))))
+    if torch.is_grad_enabled():  # scores are computed again for the backward pass, not kept
+        outputs = [checkpoint(attend_rows, grouped, keys, values, b, use_reentrant=False) for b in blocks]
+    else:
+        outputs = [attend_rows(grouped, keys, values, rows) for rows in blocks]
     return torch.cat(outputs, 3).flatten(1, 2).to(query.dtype)
 
 

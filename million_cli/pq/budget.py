@@ -1,0 +1,49 @@
+"""Bits where they matter: which codes each layer gets when the mean over all layers is what is given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from million_cli.errors import UserError
+from million_cli.pq.codebook import ProductQuantizer
+from million_cli.pq.transform import Transform
+
+
+def allocate(costs: Sequence[Sequence[float]], sizes: Sequence[int], budget: int) -> list[int]:
+    """The choice of each item that makes the sum of costs least with a sum of sizes of at most `budget`.
+
+    costs[i][j] is what choice j costs item i, sizes[j] what it takes.  Exact, by dynamic programming over the
+    sums of sizes; among equal costs the smaller sum wins.
+
+    Raises:
+        UserError: the smallest choices exceed the budget.
+
+    >>> allocate([[9.0, 1.0], [3.0, 2.0], [8.0, 4.0]], sizes=[1, 2], budget=5)
+    [1, 0, 1]
+    """
+    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}  # by sum of sizes
+    for item in costs:
+        extended: dict[int, tuple[float, list[int]]] = {}
+        for total, (cost, choices) in best.items():
+            for j, size in enumerate(sizes):
+                if total + size > budget:
+                    continue
+                candidate = cost + item[j]
+                if total + size not in extended or candidate < extended[total + size][0]:
+                    extended[total + size] = (candidate, [*choices, j])
+        best = extended
+    if not best:
+        raise UserError(f"a budget of {budget / len(costs):g} is below the smallest choice, {min(sizes)}")
+    return min((cost, total, choices) for total, (cost, choices) in best.items())[2]
+
+
+def mix(quantizers: Sequence[ProductQuantizer], choices: Sequence[int]) -> ProductQuantizer:
+    """One side that takes layer i from quantizers[choices[i]]; scope layer or head."""
+    layers = [quantizers[j].layer(i) for i, j in enumerate(choices)]
+    transforms = [layer.transform for layer in layers]
+    return ProductQuantizer(
+        tuple(layer.spec for layer in layers),
+        quantizers[0].scope,
+        tuple(layer.centroids for layer in layers),
+        None if None in transforms else Transform.stack([t for t in transforms if t is not None]),
+    )

@@ -1,0 +1,100 @@
+"""Time the training of a codebook on synthetic samples, and the memory it takes.
+
+    python scripts/time_training.py                            # 32 layers, 8 KV heads of 128; on a GPU if any
+    python scripts/time_training.py --layers 2 --device cpu
+
+Samples lie in a folder, a layer a file, as `million sample` leaves them: the host's memory is as in earnest.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from million_cli.files import write_safetensors
+from million_cli.integration.sampling import SampledSide, Samples
+from million_cli.pq import Budget, TrainSpec, train_codebook
+from million_cli.progress import progress
+from million_cli.spec import CodeSpec, ModelFingerprint, PQSpec
+
+
+def write_samples(folder: Path, fingerprint: ModelFingerprint, n: int) -> None:
+    """Normal vectors with axes of very different variance and offset, float16, in the files of a sample."""
+    shape = (fingerprint.num_kv_heads, n, fingerprint.head_dim)
+    shards = {}
+    for layer in fingerprint.layers:
+        generator = torch.Generator().manual_seed(layer)
+        scale = torch.logspace(0, -1.5, fingerprint.head_dim)
+        tensors = {
+            side: (torch.randn(shape, generator=generator) * scale + 1).half() for side in ("keys", "values")
+        }
+        shards[str(layer)] = f"layer-{layer:03d}.0.safetensors"
+        write_safetensors(folder / shards[str(layer)], tensors)
+    manifest = {"format": 2, "fingerprint": fingerprint.to_dict(), "shards": shards}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def main(
+    layers: Annotated[int, typer.Option(help="full-attention layers")] = 32,
+    heads: Annotated[int, typer.Option(help="KV heads")] = 8,
+    head_dim: Annotated[int, typer.Option(help="dimensions of a head")] = 128,
+    samples: Annotated[int, typer.Option(help="vectors a layer and head")] = 16_384,
+    bits: Annotated[float | None, typer.Option(help="a budget over 2 and 4 bits; none trains 4 bits")] = None,
+    iterations: Annotated[int, typer.Option(help="of k-means")] = 25,
+    device: Annotated[str, typer.Option(help="cuda or cpu")] = "cuda" if torch.cuda.is_available() else "cpu",
+) -> None:
+    """Print seconds, and the peaks of host and device memory, of training in the Fisher metric."""
+    fingerprint = ModelFingerprint("llama", layers, tuple(range(layers)), heads, head_dim, "")
+    wide, narrow = CodeSpec(head_dim, head_dim // 2, 8), CodeSpec(head_dim, head_dim // 4, 8)
+    spec = PQSpec(wide, wide) if bits is None else Budget((wide, narrow), bits, PQSpec(wide, narrow))
+    root = torch.randn(layers, heads, head_dim, head_dim, dtype=torch.float64)
+    information = root @ root.mT / head_dim
+    with tempfile.TemporaryDirectory() as name, progress(1, "training", "k-means") as bar:
+        write_samples(Path(name), fingerprint, samples)
+
+        def tick(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        keys, values = (
+            SampledSide(Samples(Path(name)), fingerprint.layers, side) for side in ("keys", "values")
+        )
+        began = time.monotonic()
+        codebook = train_codebook(
+            keys,
+            values,
+            spec,
+            fingerprint,
+            TrainSpec(
+                key_rotation="opq",
+                value_rotation="opq",
+                key_metric="fisher",
+                value_metric="fisher",
+                iterations=iterations,
+                device=device,
+            ),
+            information=(information, information),
+            calibration="synthetic",
+            calibration_sha256="",
+            tokens=samples,
+            progress=tick,
+        )
+        seconds = time.monotonic() - began
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    on_device = torch.cuda.max_memory_allocated() / 2**30 if device.startswith("cuda") else 0.0
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else "cpu"
+    typer.echo(
+        f"{name}: {layers} layers x {heads} heads x {head_dim}, {codebook.bits_per_element:g} bits, "
+        f"{samples} samples: {seconds:.1f} s, host {host:.2f} GiB, device {on_device:.2f} GiB"
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)
