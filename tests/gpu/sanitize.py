@@ -11,6 +11,7 @@ from million_cli.spec import WindowSpec
 SHAPES = [
     Shape([700, 129], 2, 2, 128, 64, 64, rotations="head", first_valid=[3, 0]),
     Shape([700, 129], 8, 2, 128, 64, 32, rotations="head", first_valid=[3, 0]),
+    Shape([700, 129], 16, 2, 128, 32, 64, rotations="head"),
     Shape([700, 129], 8, 2, 64, 32, 16, rotations="head", first_valid=[3, 0]),
     Shape([300, 47], 8, 2, 64, 32, 32, WindowSpec(16, 48), torch.bfloat16),
     Shape([1000, 512], 4, 2, 128, 64, 64, WindowSpec(256, 512), torch.bfloat16, rotations="layer"),
@@ -55,7 +56,7 @@ for i, shape in enumerate(SHAPES):
     decode(case, CodeLayout.ROW)
     decode(case, CodeLayout.TRANSPOSED)
     encode(case, grids=False)
-    if i in (0, 2, 3):  # with and without a rotation, both dtypes
+    if i in (0, 3, 4):  # with and without a rotation, both dtypes
         encode(case, grids=True)
     flush(case)
 torch.cuda.synchronize()

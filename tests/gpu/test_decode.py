@@ -23,7 +23,7 @@ def check(shape: Shape) -> None:
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("keys", [2, 4])
 @pytest.mark.parametrize("values", [2, 4])
-@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("group", [1, 4, 8])
 def test_every_instantiation(dtype: torch.dtype, head_dim: int, keys: int, values: int, group: int) -> None:
     check(Shape([1000, 129, 3000], 2 * group, 2, head_dim, head_dim // keys, head_dim // values, dtype=dtype))
 
@@ -45,7 +45,7 @@ def test_page_sizes(page: int) -> None:
 
 
 @pytest.mark.parametrize("scores", ["equal", "dominant", "wide"])
-@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("group", [1, 4, 8])
 def test_score_ranges(scores: str, group: int) -> None:
     check(Shape([5000, 300], 2 * group, 2, scores=scores))
 
