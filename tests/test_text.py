@@ -110,6 +110,7 @@ def test_every_known_name_is_listed():
     assert set(DATASETS) == {
         "wikitext2-test-excerpt",
         "wikitext2-valid-excerpt",
+        "python-excerpt",
         "synthetic",
         "wikitext2",
         "wikitext103",
