@@ -21,6 +21,7 @@ for tool in memcheck racecheck; do
 done
 "$python" -m pytest tests/gpu -q -p no:cacheprovider --junitxml="$work/tests.xml"
 wait
+grep -hE "=+ (Warning|Error|    ).*" "$work/racecheck.log" | head -n 40
 tail -n 3 "$work"/*check.log
 "$python" -m million_cli.tasks.kernel_bench "$work/kernel.csv"
 "$python" tests/gpu/record.py "$work" "$out"
