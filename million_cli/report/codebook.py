@@ -125,9 +125,10 @@ def paint(figure: Any, errors: Errors) -> None:
 
 
 def _bits(side: dict[str, Any]) -> str:
+    """Mean over the layers of a side, whose codes may differ."""
     try:
-        return f"{side['M'] * side['nbits'] / side['head_dim']:g}"
-    except (KeyError, TypeError):
+        return f"{fmean(s['M'] * s['nbits'] / s['head_dim'] for s in side['specs']):g}"
+    except (KeyError, TypeError, ValueError):
         return "–"
 
 
