@@ -22,7 +22,15 @@ from million_cli.ops.heuristics import (
 
 @pytest.mark.parametrize(
     ("group", "head_dim", "heads", "sets"),
-    [(1, 128, 1, 1), (2, 128, 4, 1), (4, 128, 4, 1), (5, 128, 8, 1), (8, 128, 8, 1), (16, 128, 8, 2), (8, 64, 4, 2)],
+    [
+        (1, 128, 1, 1),
+        (2, 128, 4, 1),
+        (4, 128, 4, 1),
+        (5, 128, 8, 1),
+        (8, 128, 8, 1),
+        (16, 128, 8, 2),
+        (8, 64, 4, 2),
+    ],
 )
 def test_heads(group: int, head_dim: int, heads: int, sets: int) -> None:
     assert heads_per_block(group, head_dim) == heads
