@@ -14,7 +14,9 @@ RECORDS = sorted(RESULTS.glob("*/suite.json"))
 
 # Warnings that racecheck gave of one tree, explained in results/LOG.md; no other tree is excused.
 EXPLAINED = {
-    "8dd938f974acf1663188ac8d8bd02ade82a3ab44269e19726a95b1bc08caad96": "7 hazards displayed (0 errors, 7 warnings)"
+    "8dd938f974acf1663188ac8d8bd02ade82a3ab44269e19726a95b1bc08caad96": (
+        "7 hazards displayed (0 errors, 7 warnings)"
+    )
 }
 
 
