@@ -273,7 +273,9 @@ struct DecodeBlock {
   __device__ void combine(float* partial, Vectors rows) {
     __syncthreads();
     const int head = min(warp, HG - 1);
-    factors(state.window_max[head], state.window_sum[head], [&](int hg, float maximum, float sum, float factor) {
+    const bool extra = lane == T::WARPS;  // the lane of the window's row, which will write there too
+    factors(extra ? state.window_max[head] : 0.f, extra ? state.window_sum[head] : 0.f,
+            [&](int hg, float maximum, float sum, float factor) {
       state.window_max[hg] = factor;
       *reinterpret_cast<float2*>(partial + 2 * (HG * D + hg)) = make_float2(maximum, sum);
     });

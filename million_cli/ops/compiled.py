@@ -1,7 +1,7 @@
 """The compiled ops: their schemas, fake implementations and the functions that call them.
 
-The ops exist (`torch.ops.million.*`) as soon as this module is imported, so that `torch.compile` and
-`opcheck` know them; they run once `load()` has brought the library in.  All write into tensors they are given, allocate
+The ops exist (`torch.ops.million.*`) once this module is imported, so that `torch.compile` and `opcheck`
+know them; they run once `load()` has brought the library in.  All write into tensors they are given, allocate
 nothing and never synchronise: lengths are read on the device, so a CUDA graph can hold them.
 
 Letters: B batch, Hq/Hkv heads, T tokens, D head_dim, M subspaces, P page size, R residual window.

@@ -24,7 +24,10 @@ def heads_per_block(group: int, head_dim: int) -> int:
 
 
 def head_sets(group: int, heads: int) -> int:
-    """Blocks' worth of query heads of one KV head.  Example: G=8, 4 heads a block -> 2; G=6 -> 2; G=1 -> 1."""
+    """Blocks' worth of query heads of one KV head.
+
+    Example: G=8, 4 heads a block -> 2; G=6 -> 2; G=1 -> 1.
+    """
     return -(-group // heads)
 
 

@@ -12,13 +12,6 @@ from million_cli.tasks.kernel_bench import COLUMNS
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 RECORDS = sorted(RESULTS.glob("*/suite.json"))
 
-# Warnings that racecheck gave of one tree, explained in results/LOG.md; no other tree is excused.
-EXPLAINED = {
-    "8dd938f974acf1663188ac8d8bd02ade82a3ab44269e19726a95b1bc08caad96": (
-        "7 hazards displayed (0 errors, 7 warnings)"
-    )
-}
-
 
 def test_there_is_a_record() -> None:
     assert RECORDS
@@ -32,8 +25,7 @@ def test_the_record_is_of_this_tree_and_clean(path: Path) -> None:
     )
     assert record["tests"] > 0
     assert record["failures"] == record["errors"] == record["skipped"] == 0
-    assert record["memcheck"] == "clean"
-    assert record["racecheck"] == EXPLAINED.get(record["sha256"], "clean")
+    assert record["memcheck"] == record["racecheck"] == "clean"
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.parent.name)
