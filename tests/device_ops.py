@@ -1,11 +1,10 @@
-"""`StoreOps` in torch that, like a kernel, reads lengths on the device only: the same launches whatever they are."""
+"""`StoreOps` in torch that read lengths on the device only, as kernels do: the same launches at any length."""
 
 from __future__ import annotations
 
-from torch_ops import TorchOps
-
 import torch
 from torch import Tensor
+from torch_ops import TorchOps
 
 from million_cli.ops.layouts import Layout
 from million_cli.ops.store_ops import DeviceLayer

@@ -1,7 +1,7 @@
 """`Graphs` for a CPU that behave as CUDA graphs do: a tape of operations over the tensors of the capture.
 
-What Python decides while a step is captured is decided for good; replaying runs the same operations over the same
-tensors.  Capturing leaves all tensors as they were, and raises where the host would wait for the device.
+What Python decides while a step is captured is decided for good; replaying runs the same operations over the
+same tensors.  Capturing leaves all tensors as they were, and raises where the host would wait for the device.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ class PagedStore(CodeStore):
         if mirror is None or mirror.shape != self._table.shape:
             self._mirrors[device] = mirror = self._table.to(device)
         elif device in self._stale:
-            # Pinned memory of torch's own pool: the copy does not wait, and the pool keeps the buffer until it ran.
+            # The copy does not wait; torch's pool of pinned memory keeps the buffer until it has run.
             mirror.copy_(
                 self._table.pin_memory() if device.type == "cuda" else self._table, non_blocking=True
             )

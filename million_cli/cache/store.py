@@ -253,7 +253,7 @@ class CodeStore(ABC):
         )
         return output.unsqueeze(2)
 
-    # -- steps that a CUDA graph can hold ----------------------------------------------------------------------
+    # -- steps that a CUDA graph can hold --------------------------------------------------------------------
 
     def expect(self, length: int) -> None:
         """Before the first append: the text will have `length` tokens, so take its memory at once."""
@@ -331,7 +331,7 @@ class CodeStore(ABC):
             state.length = length
 
     def places(self) -> tuple[int, ...]:
-        """Addresses of all tensors that a step reads or writes: a captured step is good while they are these."""
+        """Addresses of all tensors of a step: a captured step is good while they are these."""
         tensors: list[Tensor | None] = [lengths for lengths, _ in self._lengths.values()]
         for layer, state in enumerate(self._layers):
             if state.window is not None:

@@ -158,7 +158,7 @@ class PQCache(Cache):
 
     @property
     def kv_shape(self) -> KernelQuery:
-        """Heads, head_dim, dtype and device of the keys and values it takes, among what else chose its backend."""
+        """Heads, head_dim, dtype and device of the keys and values it takes, among others."""
         return self._query
 
     def memory(self) -> dict[str, int]:

@@ -1,8 +1,8 @@
 """The dense twin: a static cache in the model's dtype under the same engine, with torch's fastest attention.
 
-It is what quantized caches are compared with, so nothing may be held against it: memory is taken once, K and
-V of grouped heads are not repeated, a step reads the tokens that are there and no others, and the attention is
-the fastest of torch's for the shape, found by timing them.
+It is what quantized caches are compared with, so nothing may be held against it: memory is taken once, K
+and V of grouped heads are not repeated, a step reads the tokens that are there and no others, and the
+attention is the fastest of torch's for the shape, found by timing them.
 
 torch's attention takes the number of keys from the host.  So a captured step is good for one length, and
 without padding each length has a graph of its own (`bucket=1`).  With padding, or larger buckets, the keys of
@@ -140,7 +140,7 @@ class Attention:
         B, Hq, D = query.shape
         G = Hq // keys.shape[1]
         q = query.view(B, -1, G, D) if self.packed else query[:, :, None]
-        options = {"attn_mask": mask, "scale": scale, "enable_gqa": not self.packed and G > 1}
+        options: dict[str, Any] = {"attn_mask": mask, "scale": scale, "enable_gqa": not self.packed and G > 1}
         if self.backend is None:
             output = F.scaled_dot_product_attention(q, keys, values, **options)
         else:
@@ -246,7 +246,7 @@ class DenseSteps:
         return keys[:, :, : self._extent], values[:, :, : self._extent]
 
     def _make_mask(self, first_valid: Tensor | None) -> Tensor | None:
-        """Of the keys read, those of tokens that are there: bool `[B or 1, 1, 1, extent]`, or None for all."""
+        """Which of the keys read are tokens of the text: bool `[B or 1, 1, 1, extent]`, None for all."""
         if self.bucket == 1 and first_valid is None:
             return None
         positions = torch.arange(self._extent, device=self._length.device)

@@ -1,9 +1,9 @@
 """Prefill and decode steps of one model with one cache, each step one replay of a CUDA graph.
 
-The first step of a text runs as it is and warms everything up; the second is captured, from embedding to sampled
-token, and replayed from then on.  The model is transformers' own: it is given a cache of `step_cache` and
-attends through the registered function.  Where steps cannot be captured, on a CPU above all, the same steps
-run one by one, and with a cache that has none, the model's forward with that cache.
+The first step of a text runs as it is and warms everything up; the second is captured, from embedding to
+sampled token, and replayed from then on.  The model is transformers' own: it is given a cache of `step_cache`
+and attends through the registered function.  Where steps cannot be captured, on a CPU above all, the same
+steps run one by one, and with a cache that has none, the model's forward with that cache.
 
 Letters: B batch, T tokens.
 """
@@ -89,6 +89,7 @@ class Engine:
         self._graphs = graphs
         self._captured: dict[Hashable, tuple[Graph, Tensor]] = {}
         self._warm = self._static = False
+        self._tokens = self._positions = self._mask = torch.empty(0)
         self._first_valid: Tensor | None = None
 
     def _make_steps(self, bucket: int) -> Steps | None:
@@ -149,7 +150,7 @@ class Engine:
         Raises:
             UserError: padding that is not on the left, or more tokens than the cache takes.
         """
-        B, T = ids.shape
+        T = ids.shape[1]
         mask, first_valid = _left_padding(attention_mask, T)
         while True:
             if self.steps is not None:
@@ -401,6 +402,6 @@ def _compile(model: PreTrainedModel, how: Compile) -> Callable[..., Any]:
     if how not in known:
         # Batches are shapes of their own, each a compilation.
         torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
-        options = {"coordinate_descent_tuning": True} if how == "tuned" else None
+        options: dict[str, Any] | None = {"coordinate_descent_tuning": True} if how == "tuned" else None
         known[how] = torch.compile(model.forward, fullgraph=True, dynamic=False, options=options)
     return known[how]

@@ -1,4 +1,4 @@
-"""Launches that are captured once and replayed: CUDA graphs, behind an interface that tests can stand in for."""
+"""Launches that are captured once and replayed: CUDA graphs behind an interface that tests stand in for."""
 
 from __future__ import annotations
 

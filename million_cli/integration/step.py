@@ -1,8 +1,8 @@
 """A decode step as transformers' models see it: a cache layer that `torch.compile` and CUDA graphs can hold.
 
 For one new token the layer does not touch anything: it hands K and V on to the attention function, which
-gives them, with the query, to one opaque operation.  That operation finds the cache it belongs to, appends and
-attends.  So a compiled step knows nothing of the kind of cache, and the same one serves all.
+gives them, with the query, to one opaque operation.  That operation finds the cache it belongs to, appends
+and attends.  So a compiled step knows nothing of the kind of cache, and the same one serves all.
 
 Letters: B batch, Hq/Hkv query and KV heads, D head_dim, N new tokens.
 """
@@ -56,9 +56,9 @@ class Steps(Protocol):
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, first_valid: Tensor | None, scale: float
     ) -> Tensor:
-        """Append `key`, `value [B, Hkv, D]` and attend with `query [B, Hq, D]`: launches only, in order of layers.
+        """Append `key`, `value [B, Hkv, D]` and attend with `query [B, Hq, D]`: launches only.
 
-        Layer 0 counts the token.  first_valid: int32 `[B]` on the device, or None without padding.
+        Layers are gone through in order, the first one counts the token.  first_valid: int32 `[B]` on the device, or None without padding.
         """
         ...
 

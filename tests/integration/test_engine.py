@@ -326,5 +326,5 @@ def test_mistakes_are_named():
         DenseCache(tiny_model("gemma3_text"), 10)
     with pytest.raises(UserError, match="temperature=-1"):
         Sampler(temperature=-1)
-    with pytest.raises(UserError, match="fill: .*DynamicCache"):
+    with pytest.raises(UserError, match=r"fill: .*DynamicCache"):
         Engine(model, make("dynamic")).fill(1, 100)
