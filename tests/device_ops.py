@@ -1,4 +1,4 @@
-"""`StoreOps` in torch that read lengths on the device only, as kernels do: the same launches at any length."""
+"""`StoreOps` in torch that read lengths on the device only, as kernels do: no launch depends on them."""
 
 from __future__ import annotations
 

@@ -58,7 +58,8 @@ class Steps(Protocol):
     ) -> Tensor:
         """Append `key`, `value [B, Hkv, D]` and attend with `query [B, Hq, D]`: launches only.
 
-        Layers are gone through in order, the first one counts the token.  first_valid: int32 `[B]` on the device, or None without padding.
+        Layers are gone through in order, the first one counts the token.  first_valid: int32 `[B]`
+        on the device, or None without padding.
         """
         ...
 

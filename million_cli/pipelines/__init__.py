@@ -26,6 +26,7 @@ VERBS = {
     "train-codebook": "million_cli.pipelines.train_codebook:run_train",
     "eval": "million_cli.pipelines.evaluate:run_evaluate",
     "bench": "million_cli.pipelines.bench:run_bench",
+    "bench-kernel": "million_cli.pipelines.kernel_bench:run_kernel_bench",
     "run": "million_cli.pipelines.chain:run_chain",
 }
 """Verb -> function from a configuration to results; modules (and torch) are imported when asked for."""

@@ -16,7 +16,11 @@ from million_cli.tasks import task_module
 
 
 def run_bench(config: JobConfig) -> list[Result]:
-    """`million bench`."""
+    """`million bench`, and with `bench=e2e` the benchmark of whole texts."""
+    if config.bench.get("name") == "e2e":
+        from million_cli.pipelines.e2e import run_e2e
+
+        return run_e2e(config)
     session = Session(config)
     return [bench(session, Caches(session))]
 

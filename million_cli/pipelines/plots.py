@@ -69,6 +69,19 @@ def plot_breakdown(rows: Sequence[Mapping[str, Any]], path: Path, model: str, ca
     Returns:
         `path`, or None without matplotlib.
     """
+    bars = {
+        name: {str(row["stage"]): float(row[column]) for row in rows}
+        for name, column in (("dense", "dense_ms"), (cache, "cache_ms"))
+    }
+    return plot_stages(bars, path, f"{model}: a decode step by stage")
+
+
+def plot_stages(bars: Mapping[str, Mapping[str, float]], path: Path, title: str) -> Path | None:
+    """One stacked bar a cache: milliseconds of a decode step by stage, the same stages in all, bottom first.
+
+    Returns:
+        `path`, or None without matplotlib.
+    """
     figure_module = _matplotlib()
     if figure_module is None:
         return None
@@ -76,17 +89,18 @@ def plot_breakdown(rows: Sequence[Mapping[str, Any]], path: Path, model: str, ca
 
     figure = figure_module.Figure(figsize=(7, 5), layout="constrained")
     axes = figure.add_subplot()
-    bottoms = [0.0, 0.0]
-    for index, row in enumerate(rows):
-        heights = [float(row["dense_ms"]), float(row["cache_ms"])]
+    names = list(bars)
+    bottoms = [0.0] * len(names)
+    for index, stage in enumerate(next(iter(bars.values()))):
+        heights = [bars[name][stage] for name in names]
         colour = colormaps[STAGE_COLOURS](index)
-        axes.bar(["dense", cache], heights, bottom=bottoms, label=row["stage"], color=colour, width=0.55)
+        axes.bar(names, heights, bottom=bottoms, label=stage, color=colour, width=0.55)
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     for x, total in enumerate(bottoms):
         axes.text(x, total, f"{total:.2f} ms", ha="center", va="bottom")
     axes.set_ylim(0, 1.1 * max(bottoms))
     axes.set_ylabel("time of a decode step (ms, mean)")
-    axes.set_title(f"{model}: a decode step by stage")
+    axes.set_title(title)
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
     with atomic_path(path) as temporary:

@@ -13,6 +13,7 @@ TASKS = {
     "perplexity": "million_cli.tasks.perplexity",
     "passkey": "million_cli.tasks.passkey",
     "speed": "million_cli.tasks.speed",
+    "e2e": "million_cli.tasks.e2e",
     "longbench": "million_cli.tasks.longbench",
 }
 """Name -> module; modules are imported when they are asked for."""
