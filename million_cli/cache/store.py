@@ -317,6 +317,20 @@ class CodeStore(ABC):
             state.length += steps
         self._lengths = {device: (lengths, held + steps) for device, (lengths, held) in self._lengths.items()}
 
+    def device_length(self) -> Tensor:
+        """Tokens a sequence as the device counts them, int32 of no dimensions."""
+        return next(iter(self._lengths.values()))[0][0]
+
+    def prime(self, query_heads: int) -> None:
+        """Let `ops` make what it keeps for the steps to come; changes no token."""
+        assert self.ops is not None
+        for layer, state in enumerate(self._layers):
+            assert state.window is not None
+            B, _, _, D = state.window.keys.shape
+            query = state.window.keys.new_zeros(B, query_heads, D)
+            of_layer = self._device_layer(layer, state.length)
+            _run(self.ops.attend, query, of_layer, scale=1.0, first_valid=None)
+
     def fill(self, length: int) -> None:
         """Hold `length` random tokens a sequence, in place of a prefill: for measurements of time and memory.
 

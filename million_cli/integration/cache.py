@@ -80,13 +80,15 @@ class PQLayer(CacheLayerMixin):
 
 
 class PQCache(Cache):
-    """What `DynamicPQCache` and `PagedPQCache` share.  Sliding-window layers are transformers' own, dense.
+    """What the PQ caches share.  Sliding-window layers are transformers' own, dense.
 
     Attributes:
         codebook: that codes K and V.
         store: the codes and windows of the full-attention layers.
         backend: what serves the cache now, and every fallback so far.
     """
+
+    _layer_class = PQLayer
 
     def __init__(
         self,
@@ -131,7 +133,7 @@ class PQCache(Cache):
             use_pq_attention(model)
         layers = DynamicCache(config=text_config).layers
         for position, index in enumerate(ours.layers):
-            layers[index] = PQLayer(self, position)
+            layers[index] = self._layer_class(self, position)
         super().__init__(layers=layers)
 
     # -- what serves it --------------------------------------------------------------------------------------

@@ -31,8 +31,8 @@ from million_cli.integration.sampler import Sampler
 from million_cli.integration.step import Steps, padding_of_step, step_cache
 from million_cli.ops.store_ops import KernelFailed
 
-Compile = Literal["off", "default", "tuned"]
-COMPILES: tuple[Compile, ...] = ("off", "default", "tuned")
+Compile = Literal["none", "default", "tuned"]
+COMPILES: tuple[Compile, ...] = ("none", "default", "tuned")
 LEAST_CHUNK = 256
 """Tokens of a prefill's chunk below which memory is really out."""
 
@@ -47,8 +47,8 @@ class Engine:
         model: in evaluation mode, on one device; its attention implementation is set.
         cache: an empty PQ cache, a `DenseCache`, or any other cache of transformers.
         sampler: what makes the next token.
-        compile: the step by torch.compile, which fuses the small kernels: "off", "default", or "tuned", which
-            times variants of each kernel first.  Only for caches that have steps.
+        compile: the step by torch.compile, which fuses the small kernels: "none", "default", or "tuned",
+            which times variants of each kernel first.  Only for caches that have steps.
         graphs: what captures steps; None runs them one by one.  "auto" is CUDA graphs on a GPU.
         bucket: of a `DenseCache`, see `DenseSteps`.
 
@@ -65,7 +65,7 @@ class Engine:
         cache: Cache,
         *,
         sampler: Sampler | None = None,
-        compile: Compile = "off",
+        compile: Compile = "none",
         graphs: Graphs | Literal["auto"] | None = "auto",
         bucket: int = 1,
     ) -> None:
@@ -82,7 +82,7 @@ class Engine:
             use_pq_attention(model)
             self._step_cache = step_cache(self.steps, len(cache.layers))
         self._forward: Callable[..., Any] = model
-        if compile != "off" and self.steps is not None:
+        if compile != "none" and self.steps is not None:
             self._forward = _compile(model, compile)
         if graphs == "auto":
             graphs = CudaGraphs() if self.device.type == "cuda" and self.steps is not None else None

@@ -200,7 +200,7 @@ class Bench:
             return found["status"] == "ok"
 
         def attempt(one: Case) -> Row:
-            runner = self.runner(model, one, impl, 2, compile="off")
+            runner = self.runner(model, one, impl, 2, compile="none")
             runner.fill(one.batch, one.context)
             runner.step()
             runner.step()
@@ -306,7 +306,7 @@ class Bench:
             **measured,
         }
         if impl.startswith("transformers-") and impl != "transformers-static":
-            row["compile"] = "off"
+            row["compile"] = "none"
         batch = row.get("largest_batch") or case.batch
         if row.get("cache_bytes") and model is not None:
             tokens = case.context + (2 if case.what == "largest" else int(row["new_tokens"] or 0)) + 2

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
 
+import torch
 from transformers import DynamicCache, TextStreamer
 
 from million_cli.errors import UserError
 from million_cli.integration.dense import DenseCache
 from million_cli.integration.engine import Engine
+from million_cli.integration.models import full_attention_layers
 from million_cli.pipelines.caches import Caches
 from million_cli.pipelines.config import JobConfig
 from million_cli.pipelines.session import Session
 from million_cli.tasks.base import longest_context
 
 DENSE_BUCKET = 256
-"""Tokens by which a dense cache's keys grow on a GPU: a graph for each length would take longer than it saves."""
+"""Tokens by which a dense cache grows on a GPU: a graph for each length would take longer than it saves."""
 
 
 def generate(config: JobConfig, prompt: str, tokens: int) -> None:
@@ -40,40 +41,30 @@ def generate(config: JobConfig, prompt: str, tokens: int) -> None:
     engine = make_engine(session, caches, length + tokens)
     streamer = TextStreamer(session.tokenizer, skip_special_tokens=True)
     streamer.put(ids[0].cpu())
-    made, clock = 0, time.perf_counter()
-    first = clock
-    for token in stream(engine, session, ids, tokens):
-        if not made:
-            first = time.perf_counter()
-        made += 1
-        streamer.put(token)
+    times = [time.perf_counter()]
+    for (token,) in engine.generate(ids, max_new_tokens=tokens, eos=ends_of(session)):
+        times.append(time.perf_counter())
+        streamer.put(torch.tensor([token]))
     streamer.end()
-    end = time.perf_counter()
-    speed = f", {(made - 1) / (end - first):.1f} tokens/s" if made > 1 else ""
+    made = len(times) - 1
+    speed = f", {(made - 1) / (times[-1] - times[1]):.1f} tokens/s" if made > 1 else ""
     memory = getattr(engine.cache, "memory", None)
     held = f", cache {memory()['total'] / 1024:.0f} KiB" if memory else ""
-    print(
-        f"{made} tokens, the first after {1e3 * (first - clock):.0f} ms{speed}{held} ({config.cache.kind})",
-        file=sys.stderr,
-    )
+    first = f"the first after {1e3 * (times[1] - times[0]):.0f} ms"
+    print(f"{made} tokens, {first}{speed}{held} ({config.cache.kind})", file=sys.stderr)
 
 
 def make_engine(session: Session, caches: Caches, length: int) -> Engine:
-    """The engine with the job's cache, dense ones static where the model allows it."""
+    """The engine with the job's cache; a dense one is static if every layer has full attention."""
     cache = caches("exact")
-    if type(cache) is DynamicCache:
-        try:
-            cache = DenseCache(session.model, length)
-        except UserError:  # sliding windows: transformers' own cache serves them
-            pass
+    layers = session.model.config.get_text_config(decoder=True).num_hidden_layers
+    if type(cache) is DynamicCache and len(full_attention_layers(session.model.config)) == layers:
+        cache = DenseCache(session.model, length)
     return Engine(session.model, cache, bucket=DENSE_BUCKET if session.device.type == "cuda" else 1)
 
 
-def stream(engine: Engine, session: Session, ids, tokens: int) -> Iterator:
-    """The new tokens of one sequence as tensors of one element, up to its end."""
-    import torch
-
-    eos = session.model.generation_config.eos_token_id
-    ends = [session.tokenizer.eos_token_id] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-    for (token,) in engine.generate(ids, max_new_tokens=tokens, eos=[e for e in ends if e is not None]):
-        yield torch.tensor([token])
+def ends_of(session: Session) -> list[int]:
+    """The tokens that end a text."""
+    ends = session.model.generation_config.eos_token_id
+    ends = [session.tokenizer.eos_token_id] if ends is None else ends
+    return [end for end in (ends if isinstance(ends, list) else [ends]) if end is not None]

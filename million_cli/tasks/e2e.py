@@ -96,7 +96,7 @@ class Config:
         cases: see `Case`, in order of importance.
         new_tokens: steps timed in each round.
         rounds: each turns the order around.
-        compile: of the engine's steps: off, default or tuned.
+        compile: of the engine's steps: none, default or tuned.
         fill: for the cases that do not say it.
         dtype: of random weights: auto (float16 on a GPU, float32 on a CPU) or a name.
         breakdown: also time our engine's steps by stage in every case of speed, each after it.

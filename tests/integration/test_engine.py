@@ -312,7 +312,7 @@ def test_sampling_draws_from_the_softmax():
 
 def test_mistakes_are_named():
     model = tiny_model()
-    with pytest.raises(UserError, match="compile=fast: accepted are off, default, tuned"):
+    with pytest.raises(UserError, match="compile=fast: accepted are none, default, tuned"):
         Engine(model, make("dense"), compile="fast")
     with pytest.raises(UserError, match="padding on the left"):
         Engine(model, make("dense")).prefill(random_ids(1, 8), torch.tensor([[1] * 7 + [0]]))

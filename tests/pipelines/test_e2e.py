@@ -21,7 +21,7 @@ IMPLS = ["paged-4bit", "dense", "transformers-dynamic"]
 
 
 def bench(out, *cases, **options):
-    settings = {"new_tokens": 3, "compile": "off", **options}
+    settings = {"new_tokens": 3, "compile": "none", **options}
     return Bench(Config(cases=list(cases), **settings), out, CPU)
 
 
@@ -176,10 +176,10 @@ def test_orders_alternate(tmp_path, monkeypatch):
 
 def test_the_verb_and_the_module(tmp_path, capsys):
     cases = "[{model: tiny-random, context: 150, impls: [dense]}, {context: 150, impls: [dense]}]"
-    settings = ["bench=e2e", f"bench.cases={cases}", "bench.compile=off", "bench.new_tokens=2"]
+    settings = ["bench=e2e", f"bench.cases={cases}", "bench.compile=none", "bench.new_tokens=2"]
     (result,) = run("bench", compose([*SMALL_JOB, *settings, f"out={tmp_path}"]))
     assert result.metrics["rows_ok"] == 2
     assert str(tmp_path / "e2e.csv") in capsys.readouterr().out
     module, cases = str(tmp_path / "m"), "cases=[{model: tiny-random, context: 99, impls: [dense]}]"
-    assert main([module, cases, "new_tokens=2", "compile=off", "rounds=1", "device=cpu"]) == 0
+    assert main([module, cases, "new_tokens=2", "compile=none", "rounds=1", "device=cpu"]) == 0
     assert read(tmp_path / "m" / "e2e.csv")[0]["context"] == "99"

@@ -34,7 +34,8 @@ GATHER = "void at::native::(anonymous namespace)::vectorized_gather_kernel<16, l
 PQ_LAYER = [
     (NORM, "norms"), (GEMV, "projections"), (SPLIT, "projections"), (GEMM, "projections"),
     (GEMM, "projections"), (ELEMENT, "rope"), (APPEND, "append"), (OURS, "attention kernel"),
-    (GEMM, "output projection"), (NORM, "norms"), (GEMM, "MLP"), (GEMM, "MLP"), (ELEMENT, "MLP"), (GEMM, "MLP"), (SPLIT, "MLP"),
+    (GEMM, "output projection"), (NORM, "norms"), (GEMM, "MLP"), (GEMM, "MLP"), (ELEMENT, "MLP"),
+    (GEMM, "MLP"), (SPLIT, "MLP"),
 ]  # fmt: skip
 DENSE_LAYER = [
     (NORM, "norms"), (GEMM, "projections"), (GEMM, "projections"), (GEMM, "projections"), (ELEMENT, "rope"),
