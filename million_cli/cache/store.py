@@ -9,25 +9,23 @@ Letters: B batch, Hkv KV heads, N new tokens, D head_dim, M subspaces, P page si
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import Any, Literal
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from million_cli.cache.side_stream import SideStream
-from million_cli.cache.view import KVView
+from million_cli.cache.view import KVView, Prefill, boundaries_of
 from million_cli.cache.window import ResidualWindow
 from million_cli.errors import UserError
 from million_cli.ops.codes import CodeReader
-from million_cli.ops.store_ops import DeviceLayer, KernelFailed, StoreOps
+from million_cli.ops.store_ops import DeviceLayer, StoreOps, run_operation
 from million_cli.pq.codebook import LayerPQ
 from million_cli.pq.codec import Backend, decode, encode
 from million_cli.spec import PQSpec, WindowSpec
 
-Prefill = Literal["exact", "quantized"]
 PREFILLS: tuple[Prefill, ...] = ("exact", "quantized")
 
 
@@ -166,14 +164,14 @@ class CodeStore(ABC):
         device_layer = None
         if N == 1 and self.ops is not None:
             device_layer = self._device_layer(layer, end)
-            _run(self.ops.append, device_layer, k[:, :, 0], v[:, :, 0])
+            run_operation(self.ops.append, device_layer, k[:, :, 0], v[:, :, 0])
         elif N == 1:
             self._append_token(layer, k, v)
         else:
             exact_k, exact_v = self._append_tokens(layer, k, v)
         state.length = end
 
-        boundaries = _boundaries(self.window, self.prefill, start, end)
+        boundaries = boundaries_of(self.window, self.prefill, start, end)
         key_codes, value_codes = self._readers(layer, boundaries[-1])
         if N == 1:
             exact = partial(state.window.gather, boundaries[0], end)
@@ -222,7 +220,9 @@ class CodeStore(ABC):
         """Encode `[B, Hkv, n, D]`, whole pages, as the tokens start .. start + n - 1."""
         state = self._layers[layer]
         if self.ops is not None:
-            work = partial(_run, self.ops.encode, self._device_layer(layer, state.length), k, v, start)
+            work = partial(
+                run_operation, self.ops.encode, self._device_layer(layer, state.length), k, v, start
+            )
             if self.prefill == "exact":  # nobody sees these codes before the layer's next append
                 self._encoder.run(layer, work, (k, v))
             else:
@@ -248,7 +248,7 @@ class CodeStore(ABC):
         """
         assert self.ops is not None
         assert view.device_layer is not None
-        output = _run(
+        output = run_operation(
             self.ops.attend, query.squeeze(2), view.device_layer, scale=scale, first_valid=first_valid
         )
         return output.unsqueeze(2)
@@ -307,8 +307,10 @@ class CodeStore(ABC):
         if layer == 0:
             lengths.add_(1)
         device_layer = self._at(layer, lengths)
-        _run(self.ops.append, device_layer, k, v)
-        output: Tensor = _run(self.ops.attend, query, device_layer, scale=scale, first_valid=first_valid)
+        run_operation(self.ops.append, device_layer, k, v)
+        output: Tensor = run_operation(
+            self.ops.attend, query, device_layer, scale=scale, first_valid=first_valid
+        )
         return output
 
     def stepped(self, steps: int = 1) -> None:
@@ -329,7 +331,7 @@ class CodeStore(ABC):
             B, _, _, D = state.window.keys.shape
             query = state.window.keys.new_zeros(B, query_heads, D)
             of_layer = self._device_layer(layer, state.length)
-            _run(self.ops.attend, query, of_layer, scale=1.0, first_valid=None)
+            run_operation(self.ops.attend, query, of_layer, scale=1.0, first_valid=None)
 
     def fill(self, length: int) -> None:
         """Hold `length` random tokens a sequence, in place of a prefill: for measurements of time and memory.
@@ -489,23 +491,5 @@ class CodeStore(ABC):
         """key_codes, value_codes, block_table and pool_reserved of `memory`."""
 
 
-@lru_cache(maxsize=64)
-def _boundaries(window: WindowSpec, prefill: Prefill, start: int, end: int) -> tuple[int, ...]:
-    """For each of the queries start .. end - 1, how many of the oldest tokens it sees as codes."""
-    if prefill == "exact" and end - start > 1:
-        return (window.coded_length(start),) * (end - start)
-    return tuple(window.coded_length(t + 1) for t in range(start, end))
-
-
 def _slices(k: Tensor, v: Tensor, first: int) -> tuple[Tensor, Tensor]:
     return k[:, :, first:], v[:, :, first:]
-
-
-def _run(operation: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """Call a compiled operation; what fails in it, short of memory, is a `KernelFailed` of one line."""
-    try:
-        return operation(*arguments, **options)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise KernelFailed(str(error).splitlines()[0]) from error

@@ -1,7 +1,7 @@
 """A PQ cache of fixed size for `generate`'s own compiled path.
 
-transformers compiles a decode step, as CUDA graphs on a GPU, if all layers of the cache say that they can be.  Such a
-step runs no Python, so the tokens are counted on the device, and the host asks it when it has to know.
+transformers compiles a decode step, as CUDA graphs on a GPU, if all layers of the cache say that they can be.
+Such a step runs no Python, so the tokens are counted on the device, and the host asks when it has to know.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class StaticPQCache(PagedPQCache):
         return super().append(position, keys, values)
 
     def _begin_steps(self) -> None:
-        """Take all pages, and make what the operations keep, so that a compiled step makes nothing of its own."""
+        """Take all pages and make what the operations keep: a compiled step must not."""
         if self._steps is None:
             self._steps = PQSteps(self, self._query.device)
         self._steps.begin(None)

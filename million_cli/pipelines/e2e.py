@@ -40,6 +40,10 @@ UNUSABLE = 75
 """Exit code after a CUDA error that no later call survives: start again, what is measured is kept."""
 
 
+KEPT_BYTES = 4 << 30
+"""Memory that a measurement may leave allocated: codebooks are made by the first that needs them."""
+
+
 class DeviceLost(RuntimeError):  # noqa: N818
     """The process can no longer use its GPU."""
 
@@ -230,7 +234,9 @@ class Bench:
     def guarded(self, measure: Callable[[], Row]) -> Row:
         """What `measure` finds, or a row that says why there is nothing; memory is given back either way."""
         self.clear()
+        before = 0
         if self.device.type == "cuda":
+            before = torch.cuda.memory_allocated(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
         try:
             row: Row = {"status": "ok", **measure()}
@@ -239,6 +245,9 @@ class Bench:
         if self.device.type == "cuda" and row["status"] == "ok":
             row["peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
         self.clear()
+        if self.device.type == "cuda" and torch.cuda.memory_allocated(self.device) - before > KEPT_BYTES:
+            torch._dynamo.reset()  # compiled code may hold on to the cache that it was compiled with
+            self.clear()
         return row
 
     def clear(self) -> None:

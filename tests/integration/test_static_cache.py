@@ -1,4 +1,4 @@
-"""`generate` with a static PQ cache: its own compiled path, one compilation, the tokens of the paged cache."""
+"""`generate` with a static PQ cache: its compiled path, one compilation, the paged cache's tokens."""
 
 from __future__ import annotations
 
