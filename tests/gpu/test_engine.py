@@ -183,6 +183,7 @@ def test_two_models_take_turns() -> None:
 def test_compiled_steps(compile: str) -> None:
     ids = random_ids(2, 140)
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     for kind in KINDS:
         compiled, eager = Engine(*make(kind), compile=compile), Engine(*make(kind), graphs=None)
         for engine in (compiled, eager):
@@ -298,6 +299,7 @@ def test_generate_compiles_with_a_static_cache(mode: str) -> None:
     model, codebook = model_and_codebook()
     ids = random_ids(2, 60)
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     for _ in range(2):
         cache = StaticPQCache(model, codebook, SMALL, max_length=160, strict=True)
         assert cache.is_compileable

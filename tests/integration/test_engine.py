@@ -292,6 +292,7 @@ def test_compiled_steps_are_the_same():
     ids, mask = padded(2, 45, 0, 7)
     expected = {kind: tokens_of_generate(reference(kind), ids, 30, mask) for kind in ("paged", "dense")}
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     for kind in ("paged", "dense"):
         engine = Engine(tiny_model(), make(kind), compile="default", graphs=None)
         assert tokens_of_engine(engine, ids, 30, mask) == expected[kind]

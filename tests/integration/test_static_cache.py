@@ -57,6 +57,7 @@ def test_tokens_are_those_of_the_paged_cache(compiled):
     options = {"disable_compile": True}
     if compiled:
         torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
         config = CompileConfig(backend="aot_eager", mode=None, fullgraph=True, dynamic=False)
         config._compile_all_devices = True
         options = {"compile_config": config}
