@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache
 from million_cli.errors import UserError
 from million_cli.integration.attention import use_pq_attention
 from million_cli.integration.cache import PQCache
+from million_cli.integration.compat import reset_cache
 from million_cli.integration.dense import DenseCache, DenseSteps
 from million_cli.integration.graphs import CudaGraphs, Graph, Graphs
 from million_cli.integration.pq_steps import PQSteps, steps_reason
@@ -159,7 +160,7 @@ class Engine:
                 logits = self._read(ids.to(self.device), mask, chunk or T)
                 break
             except torch.OutOfMemoryError:
-                self.cache.reset()
+                reset_cache(self.cache)
                 chunk = -(-(chunk or T) // 2)
                 if chunk < LEAST_CHUNK:
                     raise
@@ -206,7 +207,7 @@ class Engine:
         if isinstance(self.cache, PQCache):
             self.cache.reset(release=self.steps is None)
         else:
-            self.cache.reset()
+            reset_cache(self.cache)
         self.length = 0
 
     def _begin(self, length: int, first_valid: Tensor | None, token: Tensor) -> None:
