@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -38,7 +37,6 @@ LEAST_CHUNK = 256
 """Tokens of a prefill's chunk below which memory is really out."""
 
 logger = logging.getLogger("million")
-_compiled: WeakKeyDictionary[PreTrainedModel, dict[Compile, Callable[..., Any]]] = WeakKeyDictionary()
 
 
 class Engine:
@@ -257,6 +255,7 @@ class Engine:
         self.length += 1
         return self._tokens[:, 0]
 
+    @torch.no_grad()
     def capture(self, steps: int) -> None:
         """Capture what the next `steps` steps need, after a first one; a dense cache needs a graph a length.
 
@@ -399,7 +398,8 @@ def _left_padding(mask: Tensor | None, T: int) -> tuple[Tensor | None, Tensor | 
 
 def _compile(model: PreTrainedModel, how: Compile) -> Callable[..., Any]:
     """The model's forward compiled for steps, once a model: the step is the same whatever the cache."""
-    known = _compiled.setdefault(model, {})
+    # Kept by the model, as transformers keeps its own: what is compiled refers to the model and goes with it.
+    known: dict[Compile, Callable[..., Any]] = model.__dict__.setdefault("_million_steps", {})
     if how not in known:
         # Batches are shapes of their own, each a compilation.
         torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
