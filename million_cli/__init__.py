@@ -22,12 +22,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from million_cli.integration.cache import DynamicPQCache, PagedPQCache
     from million_cli.integration.calibrate import train_codebook
+    from million_cli.integration.dense import DenseCache
+    from million_cli.integration.engine import Engine
     from million_cli.integration.models import load_model
+    from million_cli.integration.static import StaticPQCache
 
-__all__ = ["DynamicPQCache", "PagedPQCache", "load_model", "train_codebook"]
+__all__ = [
+    "DenseCache",
+    "DynamicPQCache",
+    "Engine",
+    "PagedPQCache",
+    "StaticPQCache",
+    "load_model",
+    "train_codebook",
+]
 __version__ = "0.1.0"
 
 _HOME = {
+    "DenseCache": "million_cli.integration.dense",
+    "Engine": "million_cli.integration.engine",
+    "StaticPQCache": "million_cli.integration.static",
     "DynamicPQCache": "million_cli.integration.cache",
     "PagedPQCache": "million_cli.integration.cache",
     "load_model": "million_cli.integration.models",

@@ -48,7 +48,7 @@ class ContiguousStore(CodeStore):
         if old is not None and coded <= capacity:
             return
         P = self.window.page_size
-        capacity = max(coded, self._reserved_tokens, -(-capacity * 5 // 4 // P) * P)
+        capacity = max(coded, self._reserved_tokens, self._expected, -(-capacity * 5 // 4 // P) * P)
         if self.ops is not None:
             capacity = max(capacity, P)  # a launch wants memory to point at
         new = [

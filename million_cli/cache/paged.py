@@ -30,7 +30,8 @@ class PagedStore(CodeStore):
     Args:
         max_pages: size of the pool, fixed; an append that needs more raises `PagePoolExhausted` and changes
             nothing, so the run can go on from `to_contiguous()`.  Pools, block table and its device copies
-            then stay where they are until `reset()`.  None: the pool grows by an eighth when it is used up.
+            then stay where they are until `reset()`.  None: the pool has room for what was expected, and
+            grows by a thirty-second when it is used up.
         others: as for `CodeStore`.
 
     Raises:
@@ -81,7 +82,10 @@ class PagedStore(CodeStore):
         if mirror is None or mirror.shape != self._table.shape:
             self._mirrors[device] = mirror = self._table.to(device)
         elif device in self._stale:
-            mirror.copy_(self._table)
+            # The copy does not wait; torch's pool of pinned memory keeps the buffer until it has run.
+            mirror.copy_(
+                self._table.pin_memory() if device.type == "cuda" else self._table, non_blocking=True
+            )
         self._stale.discard(device)
         return mirror
 
@@ -101,6 +105,7 @@ class PagedStore(CodeStore):
             if state.window is None:
                 continue
             coded = self.coded(layer)
+            self._encoder.wait(layer)
             target._reserve(layer, coded, state.window.keys)
             keys, values = self._readers(layer, coded)
             target._write(layer, 0, keys.read(0, coded), values.read(0, coded))
@@ -121,7 +126,9 @@ class PagedStore(CodeStore):
         missing = max(0, pages - self._pages) * B
         if self.max_pages is None and missing > self._manager.free_pages:
             total = len(self._manager)
-            self._manager.grow(total + max(missing - self._manager.free_pages, total // 8))
+            expected = B * self._expected // self.window.page_size
+            least = total + missing - self._manager.free_pages
+            self._manager.grow(max(least, total + max(8, total // 32), expected))
         ids = self._manager.allocate(missing)
         try:
             self._grow_pool(layer, Hkv, like)
@@ -129,7 +136,8 @@ class PagedStore(CodeStore):
             self._manager.free(ids)
             raise
         if self.batch is None:
-            self._table = torch.zeros(B, self.max_pages or 16, dtype=torch.int32)
+            width = self.max_pages or max(16, self._expected // self.window.page_size)
+            self._table = torch.zeros(B, width, dtype=torch.int32)
         if missing:
             self._extend_table(torch.tensor(ids, dtype=torch.int32).view(B, -1))
 

@@ -9,25 +9,24 @@ Letters: B batch, Hkv KV heads, N new tokens, D head_dim, M subspaces, P page si
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from statistics import fmean
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from million_cli.cache.view import KVView
+from million_cli.cache.side_stream import SideStream
+from million_cli.cache.view import KVView, Prefill, boundaries_of
 from million_cli.cache.window import ResidualWindow
 from million_cli.errors import UserError
 from million_cli.ops.codes import CodeReader
-from million_cli.ops.store_ops import DeviceLayer, KernelFailed, StoreOps
+from million_cli.ops.store_ops import DeviceLayer, StoreOps, run_operation
 from million_cli.pq.codebook import LayerPQ
 from million_cli.pq.codec import Backend, decode, encode
 from million_cli.spec import PQSpec, WindowSpec
 
-Prefill = Literal["exact", "quantized"]
 PREFILLS: tuple[Prefill, ...] = ("exact", "quantized")
 
 
@@ -80,8 +79,10 @@ class CodeStore(ABC):
         self.backend: Backend = backend
         self.ops = ops
         self.batch: int | None = None
+        self._expected = 0  # tokens a sequence that will be codes in the end
         self._layers = [LayerState(keys, values) for keys, values in layers]
         self._lengths: dict[torch.device, tuple[Tensor, int]] = {}  # and the length it holds
+        self._encoder = SideStream()
 
     # -- reading ---------------------------------------------------------------------------------------------
 
@@ -109,6 +110,7 @@ class CodeStore(ABC):
 
     def codes(self, layer: int) -> tuple[CodeReader, CodeReader]:
         """Readers of the key and value codes of a layer that was appended to, good until the next change."""
+        self._encoder.wait(layer)
         return self._readers(layer, self.coded(layer))
 
     def exact(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -154,6 +156,7 @@ class CodeStore(ABC):
         if self.batch is not None and self.batch != B:
             raise UserError(f"batch={B}: this cache holds a batch of {self.batch}; reset it first")
         start, end = state.length, state.length + N
+        self._encoder.wait(layer)
         self._reserve(layer, self.window.coded_length(end), k)  # an exhausted pool shows before any change
         if state.window is None:
             state.window = ResidualWindow(k, self.window.residual)
@@ -163,14 +166,14 @@ class CodeStore(ABC):
         device_layer = None
         if N == 1 and self.ops is not None:
             device_layer = self._device_layer(layer, end)
-            _run(self.ops.append, device_layer, k[:, :, 0], v[:, :, 0])
+            run_operation(self.ops.append, device_layer, k[:, :, 0], v[:, :, 0])
         elif N == 1:
             self._append_token(layer, k, v)
         else:
             exact_k, exact_v = self._append_tokens(layer, k, v)
         state.length = end
 
-        boundaries = _boundaries(self.window, self.prefill, start, end)
+        boundaries = boundaries_of(self.window, self.prefill, start, end)
         key_codes, value_codes = self._readers(layer, boundaries[-1])
         if N == 1:
             exact = partial(state.window.gather, boundaries[0], end)
@@ -219,7 +222,13 @@ class CodeStore(ABC):
         """Encode `[B, Hkv, n, D]`, whole pages, as the tokens start .. start + n - 1."""
         state = self._layers[layer]
         if self.ops is not None:
-            _run(self.ops.encode, self._device_layer(layer, state.length), k, v, start)
+            work = partial(
+                run_operation, self.ops.encode, self._device_layer(layer, state.length), k, v, start
+            )
+            if self.prefill == "exact":  # nobody sees these codes before the layer's next append
+                self._encoder.run(layer, work, (k, v))
+            else:
+                work()
             return
         self._write(
             layer,
@@ -241,13 +250,119 @@ class CodeStore(ABC):
         """
         assert self.ops is not None
         assert view.device_layer is not None
-        output = _run(
+        output = run_operation(
             self.ops.attend, query.squeeze(2), view.device_layer, scale=scale, first_valid=first_valid
         )
         return output.unsqueeze(2)
 
+    # -- steps that a CUDA graph can hold --------------------------------------------------------------------
+
+    def expect(self, length: int) -> None:
+        """Before the first append: the text will have `length` tokens, so take its memory at once."""
+        self._expected = self.window.coded_length(length)
+
+    def begin_steps(self) -> None:
+        """All layers hold the same tokens and `step` comes next: bring the device up to date.
+
+        Raises:
+            PagePoolExhausted: see `reserve`.
+        """
+        assert len({state.length for state in self._layers}) == 1
+        self._encoder.wait()
+        self.reserve(self.length() + 1)
+        for device in {state.window.keys.device for state in self._layers if state.window is not None}:
+            self._device_lengths(device, self.length())
+
+    def reserve(self, length: int) -> None:
+        """Make room for `length` tokens a sequence, without waiting for the device.
+
+        Raises:
+            PagePoolExhausted: (paged) no room for new pages; nothing has changed.
+        """
+        for layer, state in enumerate(self._layers):
+            assert state.window is not None
+            self._reserve(layer, self.window.coded_length(length), state.window.keys)
+        self._code_tensors(0)  # the device's copy of a block table that has changed
+
+    @torch.no_grad()
+    def step(
+        self, layer: int, query: Tensor, k: Tensor, v: Tensor, *, scale: float, first_valid: Tensor | None
+    ) -> Tensor:
+        """One layer of a decode step by `ops`: append a token and attend to all.
+
+        Launches only, over tensors that stay: the first layer counts the token on the device, the host's
+        counts are left alone, so the same launches can be replayed.  Room is reserved beforehand, and
+        `stepped` tells the host after the last layer.
+
+        Args:
+            query: `[B, Hq, D]`; k, v: `[B, Hkv, D]`.
+            first_valid: int32 `[B]` on the device, tokens before it (left padding) are not seen.
+
+        Returns:
+            `[B, Hq, D]` in the query's dtype.
+
+        Raises:
+            KernelFailed: an operation failed; the host's counts are those before the step.
+        """
+        assert self.ops is not None
+        lengths, _ = self._lengths[k.device]
+        if layer == 0:
+            lengths.add_(1)
+        device_layer = self._at(layer, lengths)
+        run_operation(self.ops.append, device_layer, k, v)
+        output: Tensor = run_operation(
+            self.ops.attend, query, device_layer, scale=scale, first_valid=first_valid
+        )
+        return output
+
+    def stepped(self, steps: int = 1) -> None:
+        """The host learns that the device has been given `steps` whole steps."""
+        for state in self._layers:
+            state.length += steps
+        self._lengths = {device: (lengths, held + steps) for device, (lengths, held) in self._lengths.items()}
+
+    def device_length(self) -> Tensor:
+        """Tokens a sequence as the device counts them, int32 of no dimensions."""
+        return next(iter(self._lengths.values()))[0][0]
+
+    def prime(self, query_heads: int) -> None:
+        """Let `ops` make what it keeps for the steps to come; changes no token."""
+        assert self.ops is not None
+        for layer, state in enumerate(self._layers):
+            assert state.window is not None
+            B, _, _, D = state.window.keys.shape
+            query = state.window.keys.new_zeros(B, query_heads, D)
+            of_layer = self._device_layer(layer, state.length)
+            run_operation(self.ops.attend, query, of_layer, scale=1.0, first_valid=None)
+
+    def fill(self, length: int) -> None:
+        """Hold `length` random tokens a sequence, in place of a prefill: for measurements of time and memory.
+
+        The store has been appended to, so that batch, dtype and device are known.
+        """
+        self.reserve(length)
+        for layer, state in enumerate(self._layers):
+            assert state.window is not None
+            for codes in self._code_tensors(layer)[:2]:
+                codes.random_()
+            state.window.keys.normal_(), state.window.values.normal_()
+            state.length = length
+
+    def places(self) -> tuple[int, ...]:
+        """Addresses of all tensors of a step: a captured step is good while they are these."""
+        tensors: list[Tensor | None] = [lengths for lengths, _ in self._lengths.values()]
+        for layer, state in enumerate(self._layers):
+            if state.window is not None:
+                tensors += [*self._code_tensors(layer), state.window.keys, state.window.values]
+        return tuple(tensor.data_ptr() for tensor in tensors if tensor is not None)
+
     def _device_layer(self, layer: int, length: int) -> DeviceLayer:
         """A layer of `length` tokens as the compiled operations see it."""
+        state = self._layers[layer]
+        assert state.window is not None
+        return self._at(layer, self._device_lengths(state.window.keys.device, length))
+
+    def _at(self, layer: int, lengths: Tensor) -> DeviceLayer:
         state = self._layers[layer]
         assert state.window is not None
         keys, values, block_table = self._code_tensors(layer)
@@ -259,21 +374,16 @@ class CodeStore(ABC):
             block_table,
             state.window.keys,
             state.window.values,
-            self._device_lengths(keys.device, length),
+            lengths,
             self.window.page_size,
         )
 
     def _device_lengths(self, device: torch.device, length: int) -> Tensor:
-        """int32 `[B]` on the device, all `length`: one tensor for the layers, changed in place.
-
-        The first layer of a decode step adds one, the others find it done: as replayable as any launch.
-        """
+        """int32 `[B]` on the device, all `length`: one tensor for the layers, changed in place."""
         assert self.batch is not None
         lengths, held = self._lengths.get(device, (None, -1))
         if lengths is None or lengths.shape[0] != self.batch:
             lengths = torch.full((self.batch,), length, dtype=torch.int32, device=device)
-        elif held + 1 == length:
-            lengths.add_(1)
         elif held != length:
             lengths.fill_(length)
         self._lengths[device] = (lengths, length)
@@ -285,13 +395,14 @@ class CodeStore(ABC):
         Without it the tensors stay where they are and the next text must come in the same batch: what a
         captured CUDA graph wants.
         """
+        self._encoder.wait()
         for state in self._layers:
             state.length = 0
             if release:
                 state.window = None
         self._truncate()
         if release:
-            self.batch, self._lengths = None, {}
+            self.batch, self._lengths, self._expected = None, {}, 0
             self._release()
 
     @torch.no_grad()
@@ -303,6 +414,7 @@ class CodeStore(ABC):
         to the code it came from, unless rounding it to a half-precision dtype crosses to another centroid.
         """
         assert length >= 0, length
+        self._encoder.wait()
         for layer, state in enumerate(self._layers):
             new = min(length, state.length)
             coded, coded_after = self.coded(layer), self.window.coded_length(new)
@@ -336,6 +448,7 @@ class CodeStore(ABC):
     def _take(self, indices: Tensor) -> None:
         if self.batch is None:
             return
+        self._encoder.wait()
         for state in self._layers:
             if state.window is not None:
                 state.window.take(indices)
@@ -380,23 +493,5 @@ class CodeStore(ABC):
         """key_codes, value_codes, block_table and pool_reserved of `memory`."""
 
 
-@lru_cache(maxsize=64)
-def _boundaries(window: WindowSpec, prefill: Prefill, start: int, end: int) -> tuple[int, ...]:
-    """For each of the queries start .. end - 1, how many of the oldest tokens it sees as codes."""
-    if prefill == "exact" and end - start > 1:
-        return (window.coded_length(start),) * (end - start)
-    return tuple(window.coded_length(t + 1) for t in range(start, end))
-
-
 def _slices(k: Tensor, v: Tensor, first: int) -> tuple[Tensor, Tensor]:
     return k[:, :, first:], v[:, :, first:]
-
-
-def _run(operation: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """Call a compiled operation; what fails in it, short of memory, is a `KernelFailed` of one line."""
-    try:
-        return operation(*arguments, **options)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise KernelFailed(str(error).splitlines()[0]) from error

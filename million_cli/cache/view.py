@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from typing import Literal
 
 from torch import Tensor
 
@@ -12,6 +13,9 @@ from million_cli.ops.codes import CodeReader
 from million_cli.ops.reference import attention
 from million_cli.ops.store_ops import DeviceLayer
 from million_cli.pq.codebook import LayerPQ
+from million_cli.spec import WindowSpec
+
+Prefill = Literal["exact", "quantized"]
 
 
 @dataclass(frozen=True)
@@ -102,3 +106,11 @@ def attend(
         softcap=softcap,
         first_valid=first_valid,
     )
+
+
+@lru_cache(maxsize=64)
+def boundaries_of(window: WindowSpec, prefill: Prefill, start: int, end: int) -> tuple[int, ...]:
+    """For each of the queries start .. end - 1, how many of the oldest tokens it sees as codes."""
+    if prefill == "exact" and end - start > 1:
+        return (window.coded_length(start),) * (end - start)
+    return tuple(window.coded_length(t + 1) for t in range(start, end))

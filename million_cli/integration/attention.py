@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from million_cli.cache.view import KVView
 from million_cli.errors import UserError
 from million_cli.integration.padding import padding_mask, unless_all_seen
+from million_cli.integration.step import StepHandle, step_attention
 
 # No "flash", "paged|" or "/" in it: transformers gives those a meaning.
 ATTENTION_NAME = "million_pq"
@@ -74,8 +75,8 @@ def use_pq_attention(model: PreTrainedModel) -> None:
 def pq_attention_forward(
     module: nn.Module,
     query: Tensor,
-    key: Tensor | PQHandle,
-    value: Tensor | PQHandle,
+    key: Tensor | PQHandle | StepHandle,
+    value: Tensor | PQHandle | StepHandle,
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -86,8 +87,9 @@ def pq_attention_forward(
 
     Args:
         query: `[B, Hq, N, D]`.
-        key, value: `[B, Hkv, T, D]`, or the same `PQHandle` twice.
-        attention_mask: what `padding_mask` made: None where causality says it all, else bool `[B, 1, N, T]`.
+        key, value: `[B, Hkv, T, D]`, or the same `PQHandle` or `StepHandle` twice.
+        attention_mask: what `padding_mask` made: None where causality says it all, else bool `[B, 1, N, T]`;
+            for a `StepHandle` what `padding_of_step` made.
 
     Returns:
         `[B, N, Hq, D]`, and no attention weights.
@@ -100,6 +102,11 @@ def pq_attention_forward(
             raise UserError(f"attention with {name} is not supported by {ATTENTION_NAME}")
     if kwargs.get("output_attentions"):
         raise UserError("output_attentions=True: attention over codes keeps no weights; accepted is False")
+    if isinstance(key, StepHandle):
+        assert softcap is None, "refused when the steps were made"
+        return step_attention(
+            query, key, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling
+        )
     if isinstance(key, PQHandle):
         view = key.view
         if dropout:

@@ -80,13 +80,15 @@ class PQLayer(CacheLayerMixin):
 
 
 class PQCache(Cache):
-    """What `DynamicPQCache` and `PagedPQCache` share.  Sliding-window layers are transformers' own, dense.
+    """What the PQ caches share.  Sliding-window layers are transformers' own, dense.
 
     Attributes:
         codebook: that codes K and V.
         store: the codes and windows of the full-attention layers.
         backend: what serves the cache now, and every fallback so far.
     """
+
+    _layer_class = PQLayer
 
     def __init__(
         self,
@@ -131,7 +133,7 @@ class PQCache(Cache):
             use_pq_attention(model)
         layers = DynamicCache(config=text_config).layers
         for position, index in enumerate(ours.layers):
-            layers[index] = PQLayer(self, position)
+            layers[index] = self._layer_class(self, position)
         super().__init__(layers=layers)
 
     # -- what serves it --------------------------------------------------------------------------------------
@@ -150,6 +152,16 @@ class PQCache(Cache):
     def bits(self) -> float:
         """Nominal code bits per element; window and codebooks are not in it."""
         return self.store.bits
+
+    @property
+    def has_dense_layers(self) -> bool:
+        """Whether some layers are transformers' own, with sliding windows."""
+        return bool(self._dense_layers())
+
+    @property
+    def kv_shape(self) -> KernelQuery:
+        """Heads, head_dim, dtype and device of the keys and values it takes, among others."""
+        return self._query
 
     def memory(self) -> dict[str, int]:
         """Bytes of the tensors held, by use; see `CodeStore.memory`.
@@ -186,7 +198,7 @@ class PQCache(Cache):
         self._choice = choice
         self._record(choice.fallbacks)
 
-    def _kernel_failed(self, error: KernelFailed) -> None:
+    def kernel_failed(self, error: KernelFailed) -> None:
         """Go on in torch over the same codes.
 
         Raises:
@@ -222,7 +234,7 @@ class PQCache(Cache):
         try:
             view = self.store.append(position, keys, values)
         except KernelFailed as error:
-            self._kernel_failed(error)
+            self.kernel_failed(error)
             view = self.store.append(position, keys, values)
         except PagePoolExhausted as error:
             view = self._without_pages(str(error)).append(position, keys, values)
@@ -232,6 +244,21 @@ class PQCache(Cache):
             size = "that grows" if self.store.max_pages is None else f"of {self.store.max_pages} pages"
             view = self._without_pages(f"no memory for a pool {size}").append(position, keys, values)
         return PQHandle(view, self._attend)
+
+    def reserve(self, length: int) -> bool:
+        """Make room for steps up to `length` tokens; False if kernels no longer serve the cache then.
+
+        Raises:
+            UserError: a strict cache would have to fall back.
+        """
+        try:
+            self.store.reserve(length)
+        except PagePoolExhausted as error:
+            self._without_pages(str(error))
+            if self._choice.compute == "kernel":
+                self.store.begin_steps()
+                self.store.reserve(length)
+        return self._choice.compute == "kernel"
 
     def _without_pages(self, reason: str) -> CodeStore:
         """Go on in a contiguous store with the same tokens."""
@@ -253,7 +280,7 @@ class PQCache(Cache):
                 try:
                     return self.store.attend(query, view, scale=scale, first_valid=first_valid)
                 except KernelFailed as error:
-                    self._kernel_failed(error)
+                    self.kernel_failed(error)
             else:  # this text only
                 passed_over = Fallback(str(self._choice), f"{self._choice.store} torch", reason)
                 if self._request.strict:
@@ -263,11 +290,14 @@ class PQCache(Cache):
 
     # -- what transformers asks of a cache -------------------------------------------------------------------
 
-    def reset(self) -> None:
-        """Forget all tokens and free the memory; a paged cache that fell back starts with a pool again."""
+    def reset(self, release: bool = True) -> None:
+        """Forget all tokens and free the memory; a paged cache that fell back starts with a pool again.
+
+        Without `release` the memory is kept for a text in the same batch, see `CodeStore.reset`.
+        """
         self._padding.forget()
         if self._choice == self._decided:
-            self.store.reset()
+            self.store.reset(release)
         else:
             self._decide(self._query.device, self._query.dtype)
         for layer in self._dense_layers():

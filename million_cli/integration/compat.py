@@ -1,10 +1,10 @@
-"""The two places where transformers 5.17 to 5.23 differ and a cache has to care."""
+"""The places where transformers 5.17 to 5.23 differ and a cache has to care."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 
 def tokens_to_remove(argument: int, length: int) -> int:
@@ -20,6 +20,14 @@ def tokens_to_remove(argument: int, length: int) -> int:
     if argument > 0:
         return max(0, length - argument)
     return min(-argument, length)
+
+
+def reset_cache(cache: Cache) -> None:
+    """Empty a cache of any kind; see `reset_dense_layer`."""
+    cache.reset()
+    for layer in cache.layers:
+        if isinstance(layer, DynamicLayer):
+            reset_dense_layer(layer)
 
 
 def reset_dense_layer(layer: Any) -> None:

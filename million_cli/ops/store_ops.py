@@ -5,9 +5,11 @@ Letters: B batch, Hq/Hkv query and KV heads, T tokens, D head_dim, P page size, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from million_cli.ops.layouts import Layout
@@ -70,3 +72,13 @@ class StoreOps(Protocol):
 
 class KernelFailed(RuntimeError):  # noqa: N818 (a state, as PagePoolExhausted)
     """A compiled operation failed; the cache can go on in torch."""
+
+
+def run_operation(operation: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Call a compiled operation; what fails in it, short of memory, is a `KernelFailed` of one line."""
+    try:
+        return operation(*arguments, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise KernelFailed(str(error).splitlines()[0]) from error

@@ -55,14 +55,24 @@ def plot_breakdown(rows: Sequence[Mapping[str, Any]], path: Path, model: str, ca
     Returns:
         `path`, or None without matplotlib.
     """
+    bars = {
+        name: {str(row["stage"]): float(row[column]) for row in rows}
+        for name, column in (("dense", "dense_ms"), (cache, "cache_ms"))
+    }
+    return plot_stages(bars, path, model)
+
+
+def plot_stages(bars: Mapping[str, Mapping[str, float]], path: Path, title: str) -> Path | None:
+    """A stacked bar a cache: milliseconds of a decode step by stage, the first stage below.
+
+    Returns:
+        `path`, or None without matplotlib.
+    """
     if not _available():
         return None
-    stages = {
-        name: {str(row["stage"]): float(row[key]) for row in rows}
-        for name, key in (("dense", "dense_ms"), (cache, "cache_ms"))
-    }
-    figure = style.draw(lambda figure: breakdown.paint(figure, stages), 6.4, 4.0)
-    figure.suptitle(model)
+    stages = {name: dict(times) for name, times in bars.items()}
+    figure = style.draw(lambda figure: breakdown.paint(figure, stages), 3.4 + 1.5 * len(stages), 4.4)
+    figure.suptitle(title)
     style.save_png(figure, path)
     return path
 

@@ -14,6 +14,7 @@ TASKS = {
     "passkey": "million_cli.tasks.passkey",
     "speed": "million_cli.tasks.speed",
     "kernel": "million_cli.tasks.kernel_bench",
+    "e2e": "million_cli.tasks.e2e",
     "longbench": "million_cli.tasks.longbench",
     "lm_eval": "million_cli.tasks.lm_eval",
 }

@@ -1,0 +1,183 @@
+"""A decode step as transformers' models see it: a cache layer that `torch.compile` and CUDA graphs can hold.
+
+For one new token the layer does not touch anything: it hands K and V on to the attention function, which
+gives them, with the query, to one opaque operation.  That operation finds the cache it belongs to, appends
+and attends.  So a compiled step knows nothing of the kind of cache, and the same one serves all.
+
+Letters: B batch, Hq/Hkv query and KV heads, D head_dim, N new tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any, NamedTuple, Protocol
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+_LIBRARY = torch.library.Library("million", "FRAGMENT")
+_LIBRARY.define(
+    "step(Tensor query, Tensor key, Tensor value, Tensor marker, Tensor? first_valid, int layer, float scale)"
+    " -> Tensor"
+)
+
+
+class Steps(Protocol):
+    """What a loop over decode steps needs of a cache.  All sequences hold the same number of tokens."""
+
+    @property
+    def marker(self) -> Tensor:
+        """A tensor that only this cache has: the operation finds the cache by its address."""
+        ...
+
+    def expect(self, length: int) -> None:
+        """Before the first token: the text will have `length` tokens."""
+        ...
+
+    def begin(self, first_valid: Tensor | None) -> None:
+        """The prefill is done, steps come next, all with this `first_valid` (see `attend`)."""
+        ...
+
+    def ready(self) -> Hashable | None:
+        """Make room for one more token, without waiting for the device.
+
+        Returns:
+            What a captured step depends on: it can be launched again while this is equal.  None if steps
+            are no longer to be had, and the cache must be used through its layers.
+        """
+        ...
+
+    def prepare(self, key: Hashable) -> None:
+        """Do what cannot be done while a step for `key` is captured."""
+        ...
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, first_valid: Tensor | None, scale: float
+    ) -> Tensor:
+        """Append `key`, `value [B, Hkv, D]` and attend with `query [B, Hq, D]`: launches only.
+
+        Layers are gone through in order, the first one counts the token.  first_valid: int32 `[B]`
+        on the device, or None without padding.
+        """
+        ...
+
+    def stepped(self) -> None:
+        """One whole step has been launched."""
+        ...
+
+    def fill(self, batch: int, length: int) -> None:
+        """Hold `length` random tokens in place of a prefill, for measurements of time and memory."""
+        ...
+
+
+_ALL: WeakValueDictionary[int, Steps] = WeakValueDictionary()
+
+
+def new_marker(steps: Steps, device: torch.device) -> Tensor:
+    """A marker by which the operation finds `steps`."""
+    marker = torch.zeros(1, dtype=torch.int32, device=device)
+    torch._dynamo.mark_static_address(marker)
+    _ALL[marker.data_ptr()] = steps
+    return marker
+
+
+def _step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    marker: Tensor,
+    first_valid: Tensor | None,
+    layer: int,
+    scale: float,
+) -> Tensor:
+    return _ALL[marker.data_ptr()].attend(layer, query, key, value, first_valid, scale)
+
+
+def _shape_of_step(query: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
+
+
+_LIBRARY.impl("step", _step, "CPU")
+_LIBRARY.impl("step", _step, "CUDA")
+torch.library.register_fake("million::step", _shape_of_step, lib=_LIBRARY)
+
+
+class StepHandle(NamedTuple):
+    """Stands for K and for V of one new token on their way from the cache layer to the attention function."""
+
+    key: Tensor
+    value: Tensor
+    marker: Tensor
+    layer: int
+
+
+class StepLayer(CacheLayerMixin):
+    """One layer of a cache, for one new token at a time."""
+
+    is_compileable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, marker: Tensor, position: int) -> None:
+        super().__init__()
+        self.marker, self.position = marker, position
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        pass
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """A handle on `[B, Hkv, 1, D]`, twice, in place of K and V."""
+        assert key_states.shape[2] == 1
+        handle = StepHandle(key_states, value_states, self.marker, self.position)
+        return handle, handle
+
+    def get_seq_length(self) -> int:
+        return 0  # positions are given with each step
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return 0, 0  # there is nothing dense to mask
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def step_cache(steps: Steps, num_layers: int) -> Cache:
+    """What a model is given as its cache for one step of `steps`; every layer has full attention."""
+    return Cache(layers=[StepLayer(steps.marker, position) for position in range(num_layers)])
+
+
+def padding_of_step(first_valid: Tensor | None, device: torch.device) -> Tensor:
+    """The attention mask of a step: int32 `[B, 1, 1, 1]`, the first valid position of each sequence.
+
+    Models hand a mask of four dimensions on as it is, whatever is in it.  Without padding it has no elements.
+    """
+    if first_valid is None:
+        return torch.zeros(1, 1, 1, 0, dtype=torch.int32, device=device)
+    return first_valid[:, None, None, None]
+
+
+def step_attention(
+    query: Tensor, handle: StepHandle, mask: Tensor | None, scale: float
+) -> tuple[Tensor, None]:
+    """Attention of one new token, `query [B, Hq, 1, D]`; `mask` is that of `padding_of_step`.
+
+    Returns:
+        `[B, 1, Hq, D]` and no attention weights, as transformers wants it.
+    """
+    assert mask is not None
+    assert mask.dtype == torch.int32
+    first_valid = mask.flatten() if mask.numel() else None
+    arguments = (
+        query.squeeze(2),
+        handle.key.squeeze(2),
+        handle.value.squeeze(2),
+        handle.marker,
+        first_valid,
+        handle.layer,
+        scale,
+    )
+    output = torch.ops.million.step(*arguments)
+    return output.unsqueeze(1), None
