@@ -272,9 +272,8 @@ struct DecodeBlock {
   // values are rotated), [HG][D] of the window, [HG][2] maximum and denominator.
   __device__ void combine(float* partial, Vectors rows) {
     __syncthreads();
-    const int head = min(warp, HG - 1);
-    const bool extra = lane == T::WARPS;  // the lane of the window's row, which will write there too
-    factors(extra ? state.window_max[head] : 0.f, extra ? state.window_sum[head] : 0.f,
+    const bool extra = lane == T::WARPS && warp < HG;  // the lane of a window's row, the only one that writes there
+    factors(extra ? state.window_max[warp] : 0.f, extra ? state.window_sum[warp] : 0.f,
             [&](int hg, float maximum, float sum, float factor) {
       state.window_max[hg] = factor;
       *reinterpret_cast<float2*>(partial + 2 * (HG * D + hg)) = make_float2(maximum, sum);
