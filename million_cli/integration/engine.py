@@ -25,6 +25,7 @@ from million_cli.integration.cache import PQCache
 from million_cli.integration.compat import reset_cache
 from million_cli.integration.dense import DenseCache, DenseSteps
 from million_cli.integration.graphs import CudaGraphs, Graph, Graphs
+from million_cli.integration.joined import join_projections
 from million_cli.integration.pq_steps import PQSteps, steps_reason
 from million_cli.integration.readback import Readback
 from million_cli.integration.sampler import Sampler
@@ -47,7 +48,8 @@ class Engine:
         cache: an empty PQ cache, a `DenseCache`, or any other cache of transformers.
         sampler: what makes the next token.
         compile: the step by torch.compile, which fuses the small kernels: "none", "default", or "tuned",
-            which times variants of each kernel first.  Only for caches that have steps.
+            which times variants of each kernel first.  Only for caches that have steps.  The model's
+            projections of one input become one product (see `joined`).
         graphs: what captures steps; None runs them one by one.  "auto" is CUDA graphs on a GPU.
         bucket: of a `DenseCache`, see `DenseSteps`.
 
@@ -82,6 +84,7 @@ class Engine:
             self._step_cache = step_cache(self.steps, len(cache.layers))
         self._forward: Callable[..., Any] = model
         if compile != "none" and self.steps is not None:
+            join_projections(model)
             self._forward = _compile(model, compile)
         if graphs == "auto":
             graphs = CudaGraphs() if self.device.type == "cuda" and self.steps is not None else None

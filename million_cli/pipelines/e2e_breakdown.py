@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from million_cli.pipelines.plots import plot_stages
 from million_cli.results import Scalar, write_rows
 from million_cli.tasks.e2e import Case, time_steps
-from million_cli.tasks.kernel_stages import STAGES, Kernel, breakdown, split_steps
+from million_cli.tasks.kernel_stages import STAGES, Kernel, Share, breakdown, shares, split_steps
 
 if TYPE_CHECKING:
     from million_cli.pipelines.e2e import Bench, Row
@@ -23,27 +23,38 @@ PROFILED_STEPS = 8
 
 
 def breakdown_rows(bench: Bench, model: PreTrainedModel, case: Case, impls: list[str]) -> dict[str, Row]:
-    """A row for each implementation; the stages of all go into one CSV and one plot beside it."""
+    """A row for each implementation; the stages of all go into one CSV and one plot beside it, and the
+    kernels of each stage into another CSV."""
     rows: dict[str, Row] = {}
-    stages: dict[str, dict[str, float]] = {}
+    found: dict[str, list[Share]] = {}
     for impl in impls:
-        rows[impl] = bench.guarded(partial(_one, bench, model, case, impl, stages))
+        rows[impl] = bench.guarded(partial(_one, bench, model, case, impl, found))
+    stages = {impl: breakdown(of_impl) for impl, of_impl in found.items()}
     if stages:
         name = f"breakdown-{case.model or 'own'}-{case.context}-{case.batch}"
         path = bench.out / f"{name}.csv"
         table: list[dict[str, Scalar]] = [
-            {"stage": stage, **{f"{impl}_us": round(found[stage], 2) for impl, found in stages.items()}}
+            {"stage": stage, **{f"{impl}_us": round(us[stage], 2) for impl, us in stages.items()}}
             for stage in STAGES
         ]
         write_rows(path, table)
+        kernels = path.with_name(f"{name}-kernels.csv")
+        write_rows(
+            kernels,
+            [
+                {"impl": impl, **row._asdict(), "us": round(row.us, 2)}
+                for impl, of_impl in found.items()
+                for row in of_impl
+            ],
+        )
         title = f"{case.model or 'model'}, {case.context} tokens, batch {case.batch}"
         bars = {
-            impl: {stage: us / 1e3 for stage, us in found.items() if any(s[stage] for s in stages.values())}
-            for impl, found in stages.items()
+            impl: {stage: us / 1e3 for stage, us in of_impl.items() if any(s[stage] for s in stages.values())}
+            for impl, of_impl in stages.items()
         }
         plot = plot_stages(bars, path.with_suffix(".png"), title)
         for impl in stages:
-            files = [path.name, *([plot.name] if plot else [])]
+            files = [path.name, kernels.name, *([plot.name] if plot else [])]
             rows[impl]["detail"] = "; ".join([str(rows[impl]["detail"]), *files])
     return rows
 
@@ -53,16 +64,16 @@ def _one(
     model: PreTrainedModel,
     case: Case,
     impl: str,
-    stages: dict[str, dict[str, float]],
+    shares_of: dict[str, list[Share]],
 ) -> Row:
     steps = PROFILED_STEPS * 4
     runner = bench.runner(model, case, impl, steps)
     runner.fill(case.batch, case.context)
     runner.warm(steps)
     plain_us = 1e3 * statistics.median(time_steps(runner.step, PROFILED_STEPS, bench.device))
-    found = breakdown(split_steps(profile(runner.step, PROFILED_STEPS, bench.device), PROFILED_STEPS))
-    stages[impl] = found
-    profiled_us = sum(found.values())
+    found = shares(split_steps(profile(runner.step, PROFILED_STEPS, bench.device), PROFILED_STEPS))
+    shares_of[impl] = found
+    profiled_us = sum(row.us for row in found)
     return {
         **runner.facts(),
         "tpot_ms": plain_us / 1e3,

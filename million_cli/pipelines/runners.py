@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache, QuantizedCache, Static
 from million_cli.integration.cache import DynamicPQCache, PagedPQCache, PQCache
 from million_cli.integration.dense import DenseCache, DenseSteps
 from million_cli.integration.engine import Compile, Engine
+from million_cli.integration.joined import part_projections
 from million_cli.integration.models import fingerprint
 from million_cli.integration.select import COMPILED, Kernels
 from million_cli.pq.codebook import Codebook, CodebookMeta, ProductQuantizer
@@ -118,10 +119,12 @@ class StaticRunner:
     """transformers' static cache with the forward that `generate` would compile for it.
 
     The loop around it is the shortest there is: positions and the next token stay on the device, and the mask
-    is made inside the compiled forward, so that nothing of `generate`'s own host time counts.
+    is made inside the compiled forward, so that nothing of `generate`'s own host time counts.  The model is
+    as transformers has it, each projection a product of its own.
     """
 
     def __init__(self, model: PreTrainedModel, capacity: int) -> None:
+        part_projections(model)
         self.model = model
         self.cache = StaticCache(config=model.config, max_cache_len=capacity)
         self._config = CompileConfig(dynamic=False)

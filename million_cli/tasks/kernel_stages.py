@@ -9,9 +9,11 @@ the like; which name is which is data (`KINDS`).
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 STAGES = (
     "embedding",
@@ -121,29 +123,48 @@ def stages_of(kinds: Sequence[str]) -> list[str]:
     return stages
 
 
-def breakdown(steps: Sequence[Sequence[Kernel]]) -> dict[str, float]:
-    """Mean microseconds of each stage of a step.
+class Share(NamedTuple):
+    """What a kernel takes of a step, as the mean over steps."""
+
+    stage: str
+    kernel: str
+    launches: float
+    us: float
+
+
+def shares(steps: Sequence[Sequence[Kernel]]) -> list[Share]:
+    """Where the time of a step goes, by stage and kernel, in the order of `STAGES`, longest first.
 
     Args:
         steps: the kernels of successive steps, each from its first kernel on, plus one more step (or just its
             first kernel) that ends the last.
 
     Returns:
-        Every name in `STAGES`; the sum is the mean time from one step's first kernel to the next's, exactly:
-        where kernels overlap the later one counts from the end of the earlier.
+        Rows whose sum is the mean time from one step's first kernel to the next's, exactly: where kernels
+        overlap the later one counts from the end of the earlier.  The time when nothing runs has no kernel.
     """
     assert len(steps) >= 2
-    totals = dict.fromkeys(STAGES, 0.0)
+    totals: dict[tuple[str, str], float] = {("host gap", ""): 0.0}
+    launches: Counter[tuple[str, str]] = Counter()
     for step, following in pairwise(steps):
         end = following[0].start_us
         clock = step[0].start_us
         for kernel, stage in zip(step, stages_of([kind_of(k.name) for k in step]), strict=True):
-            totals["host gap"] += max(0.0, kernel.start_us - clock)
+            totals["host gap", ""] += max(0.0, kernel.start_us - clock)
             begin = max(clock, kernel.start_us)
             clock = max(clock, min(kernel.start_us + kernel.duration_us, end))
-            totals[stage] += clock - begin if clock > begin else 0.0
-        totals["host gap"] += max(0.0, end - clock)
-    return {stage: total / (len(steps) - 1) for stage, total in totals.items()}
+            key = stage, kernel.name
+            launches[key] += 1
+            totals[key] = totals.get(key, 0.0) + max(0.0, clock - begin)
+        totals["host gap", ""] += max(0.0, end - clock)
+    count = len(steps) - 1
+    rows = [Share(*key, launches[key] / count, total / count) for key, total in totals.items()]
+    return sorted(rows, key=lambda row: (STAGES.index(row.stage), -row.us))
+
+
+def breakdown(rows: Sequence[Share]) -> dict[str, float]:
+    """Microseconds of each stage of a step, every name in `STAGES`."""
+    return {stage: sum(row.us for row in rows if row.stage == stage) for stage in STAGES}
 
 
 def split_steps(kernels: Sequence[Kernel], count: int) -> list[list[Kernel]]:

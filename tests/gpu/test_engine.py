@@ -30,7 +30,7 @@ from million_cli.pipelines.e2e_breakdown import profile
 from million_cli.pq.codebook import Codebook
 from million_cli.spec import WindowSpec
 from million_cli.tasks.e2e import Config
-from million_cli.tasks.kernel_stages import breakdown, split_steps
+from million_cli.tasks.kernel_stages import breakdown, shares, split_steps
 
 VOCABULARY = 97
 SMALL = WindowSpec(page_size=16, residual=32)
@@ -338,7 +338,7 @@ def test_stages_of_a_replayed_step() -> None:
         engine.step()
         engine.capture(40)
         engine.step()
-        found = breakdown(split_steps(profile(engine.step, 8, DEVICE), 8))
+        found = breakdown(shares(split_steps(profile(engine.step, 8, DEVICE), 8)))
         for stage in STAGES_OF_ALL:
             assert found[stage] > 0, (kind, stage, found)
 
@@ -367,3 +367,4 @@ def test_rows_of_the_benchmark(tmp_path: Path) -> None:
     with (tmp_path / "e2e.csv").open() as handle:
         assert len(list(csv.DictReader(handle))) == len(rows)
     assert (tmp_path / "breakdown-own-1000-2.csv").is_file()
+    assert (tmp_path / "breakdown-own-1000-2-kernels.csv").is_file()

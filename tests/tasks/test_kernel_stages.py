@@ -11,6 +11,7 @@ from million_cli.tasks.kernel_stages import (
     Kernel,
     breakdown,
     kind_of,
+    shares,
     split_steps,
     stages_of,
 )
@@ -101,7 +102,7 @@ def test_stages_and_gaps_sum_to_the_step(step, count):
             clock = max(clock, start + duration)
         clock += 5.0
     steps = split_steps(record[::-1], count + 1)
-    found = breakdown(steps)
+    found = breakdown(shares(steps))
     assert tuple(found) == STAGES
     assert min(found.values()) >= 0
     assert sum(found.values()) == pytest.approx((steps[-1][0].start_us - steps[0][0].start_us) / count)
@@ -112,7 +113,9 @@ def test_time_is_given_to_the_kernel_that_runs():
         [Kernel(GEMM, 0, 10), Kernel(OURS, 8, 10), Kernel(GEMM, 20, 5), Kernel(GEMM, 25, 5)],
         [Kernel(GEMM, 32, 10)],
     ]
-    found = {stage: us for stage, us in breakdown(steps).items() if us}
+    rows = shares(steps)
+    assert rows[0] == ("projections", GEMM, 1, 10)
+    found = {stage: us for stage, us in breakdown(rows).items() if us}
     assert found == {
         "projections": 10, "attention kernel": 8, "output projection": 5, "head": 5, "host gap": 4,
     }  # fmt: skip
