@@ -42,7 +42,7 @@ KINDS: Mapping[str, str] = {
     "attention": r"mma_decode|lookup_decode|flash_fwd|flash_attn|fmha|sdpa|attention",
     "sampling": r"argmax|arg_max|ArgMax|exponential|softmax",
     "embedding": r"embedding|vectorized_gather|indexSelect|gather_kernel",
-    "product": r"gemm|gemv|cutlass|xmma|cublas|nvjet|s16816|triton_tem|splitk|matmul|fused.*_mm(_|$)",
+    "product": r"gemm|gemv|cutlass|xmma|cublas|nvjet|s16816|triton_tem|splitk|matmul|gemmk1|triton_(red|per)_fused.*_mm(_|$)",
 }
 """Kind -> what a kernel's name must match, tried in this order; any other kernel is `small`.
 
@@ -70,8 +70,10 @@ def kind_of(name: str) -> str:
 def stages_of(kinds: Sequence[str]) -> list[str]:
     """The stage of each kernel of one whole step, given the kinds in order.
 
-    The number of products before the first attention is that of a layer's projections; the last products
-    before an attention are projections, and those of the last layer end with the head.
+    From one layer's attention to the next one's there are its output projection, its MLP and the next one's
+    projections; behind the last one the head takes the place of the projections, and is one product.  The
+    difference tells how many projections there are.  What else is multiplied ahead of the first layer's is
+    `rope` (positions times frequencies).
     """
     products = [i for i, kind in enumerate(kinds) if kind == "product"]
     attentions = [i for i, kind in enumerate(kinds) if kind == "attention"]
@@ -81,17 +83,21 @@ def stages_of(kinds: Sequence[str]) -> list[str]:
     firsts = [
         at for n, at in enumerate(attentions) if not n or any(attentions[n - 1] < p < at for p in products)
     ]
-    projections = sum(p < firsts[0] for p in products)
-    stage_of_product: dict[int, str] = dict.fromkeys((p for p in products if p < firsts[0]), "projections")
-    for n, first in enumerate(firsts):
-        end = firsts[n + 1] if n + 1 < len(firsts) else len(kinds)
-        inside = [p for p in products if first < p < end]
-        tail = projections if n + 1 < len(firsts) else 1
-        for place, p in enumerate(inside):
+    ends = [*firsts[1:], len(kinds)]
+    inside = [[p for p in products if first < p < end] for first, end in zip(firsts, ends, strict=True)]
+    ahead = [p for p in products if p < firsts[0]]
+    projections = len(inside[0]) - (len(inside[-1]) - 1) if len(firsts) > 1 else len(ahead)
+    stage_of_product: dict[int, str] = {}
+    for place, p in enumerate(ahead):
+        stage_of_product[p] = "projections" if place >= len(ahead) - projections else "rope"
+    for n, of_layer in enumerate(inside):
+        last = n + 1 == len(firsts)
+        tail = 1 if last else projections
+        for place, p in enumerate(of_layer):
             if place == 0:
                 stage_of_product[p] = "output projection"
-            elif place >= len(inside) - tail:
-                stage_of_product[p] = "projections" if n + 1 < len(firsts) else "head"
+            elif place >= len(of_layer) - tail:
+                stage_of_product[p] = "head" if last else "projections"
             else:
                 stage_of_product[p] = "MLP"
     stages: list[str] = []
@@ -111,7 +117,7 @@ def stages_of(kinds: Sequence[str]) -> list[str]:
             stages.append({"encode": "flush/encode"}.get(kind, kind))
         elif before == "embedding":
             stages.append("embedding" if kind == "embedding" else "norms")
-        elif before == "projections":
+        elif before in ("projections", "rope"):
             stages.append("merge" if attended else "rope")
         elif before == "output projection":
             stages.append("norms")

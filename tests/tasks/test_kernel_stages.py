@@ -67,6 +67,25 @@ def test_fused_projections_and_no_gate():
     assert stages_of([kind_of(name) for name, _ in step]) == [stage for _, stage in step]
 
 
+FREQUENCIES = "void cutlass::Kernel2<cutlass_80_simt_sgemm_128x32_8x5_tn_align1>(Params)"
+JOINED_LAYER = [
+    (GEMM, "projections"), (SPLIT, "projections"), (ELEMENT, "rope"), (APPEND, "append"),
+    (OURS, "attention kernel"), ("void million::merge_kernel<million::Merge<128, 1>>(P)", "merge"),
+    (GEMM, "output projection"), (NORM, "norms"), (GEMM, "MLP"),
+    ("triton_poi_fused__unsafe_view_mm_silu_slice_4", "MLP"), (GEMM, "MLP"), (SPLIT, "MLP"), (NORM, "norms"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("layers", [2, 32])
+def test_a_product_of_positions_and_frequencies(layers):
+    """As torch.compile orders a Llama's step: one product ahead of the first layer's."""
+    step = [
+        ("triton_red_fused__to_copy_add_embedding_mean_mul_pow_rsqrt_0", "embedding"), (FREQUENCIES, "rope"),
+        (ELEMENT, "rope"), *JOINED_LAYER * layers, (GEMM, "head"), (ARGMAX, "sampling"),
+    ]  # fmt: skip
+    assert stages_of([kind_of(name) for name, _ in step]) == [stage for _, stage in step]
+
+
 def test_kinds():
     for name, kind in (
         (SPLIT, "skip"), (GEMV, "product"), (FLASH, "attention"), (CUDNN, "attention"), (COMBINE, "merge"),
