@@ -120,17 +120,17 @@ class Bench:
             measured = {impl: {"status": "skipped", "note": "budget_s is used up"} for impl in missing}
         elif missing:
             # Were the process to die in here, the next one would find this and go on with the next case.
-            self.journal.add({keys[impl]: self._row(case, impl, {"status": "died"}) for impl in missing})
+            self.journal.add({keys[impl]: self.row(case, impl, {"status": "died"}) for impl in missing})
             clock, began = time.monotonic(), now()
             measured = self._measure(case, missing)
             spent: Row = {"started": began, "duration_s": round(time.monotonic() - clock, 2)}
-            self.journal.add({keys[i]: self._row(case, i, {**spent, **measured[i]}) for i in missing})
+            self.journal.add({keys[i]: self.row(case, i, {**spent, **measured[i]}) for i in missing})
             lost = [row for row in measured.values() if row["status"] == "error"]
             if lost and not self._device_works():
                 raise DeviceLost(str(lost[0]["note"]))
         for impl in case.impls:
             skipped = impl in measured and measured[impl]["status"] == "skipped"
-            yield self._row(case, impl, measured[impl]) if skipped else self.journal[keys[impl]]
+            yield self.row(case, impl, measured[impl]) if skipped else self.journal[keys[impl]]
 
     def _key(self, case: Case, impl: str) -> str:
         settings = (self.config.new_tokens, self.config.rounds, self.compile, self.config.dtype, self.seed)
@@ -294,7 +294,8 @@ class Bench:
             self._codebooks[bits] = random_codebook(model, PQSpec(keys, values), self.seed)
         return self._codebooks[bits]
 
-    def _row(self, case: Case, impl: str, measured: Row) -> Row:
+    def row(self, case: Case, impl: str, measured: Row) -> Row:
+        """What is known of a case, with what was measured."""
         on_gpu = self.device.type == "cuda"
         model = self._loaded[1] if self._loaded is not None else None
         row: Row = {

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from million_cli.pipelines.e2e import Bench, Row
 
 PROFILED_STEPS = 8
+ORIGIN = ("model", "context", "batch", "gpu", "dtype", "commit", "torch", "transformers", "command")
+"""Columns of `e2e.csv` that the stages are given too."""
 
 
 def breakdown_rows(bench: Bench, model: PreTrainedModel, case: Case, impls: list[str]) -> dict[str, Row]:
@@ -33,8 +35,10 @@ def breakdown_rows(bench: Bench, model: PreTrainedModel, case: Case, impls: list
     if stages:
         name = f"breakdown-{case.model or 'own'}-{case.context}-{case.batch}"
         path = bench.out / f"{name}.csv"
+        described = bench.row(case, impls[0], {})
+        origin = {name: described[name] for name in ORIGIN}
         table: list[dict[str, Scalar]] = [
-            {"stage": stage, **{f"{impl}_us": round(us[stage], 2) for impl, us in stages.items()}}
+            {"stage": stage, **{f"{impl}_us": round(us[stage], 2) for impl, us in stages.items()}, **origin}
             for stage in STAGES
         ]
         write_rows(path, table)

@@ -154,6 +154,7 @@ def exhibits(data: sources.Data, codebooks: Sequence[Path]) -> list[Exhibit]:
         *recall.exhibits(data.recall),
         *scores.exhibits(data.scores),
         *speed.exhibits(data.speed),
+        *speed.largest(data.largest),
         *kernels.exhibits(data.kernels),
         *breakdown.exhibits(data.breakdown),
         *(codebook.exhibit(path) for path in codebooks),

@@ -46,6 +46,7 @@ class Data:
     recall: list[Row] = field(default_factory=list)
     scores: list[Row] = field(default_factory=list)
     speed: list[Row] = field(default_factory=list)
+    largest: list[Row] = field(default_factory=list)
     kernels: list[Row] = field(default_factory=list)
     breakdown: list[Row] = field(default_factory=list)
     failures: list[Row] = field(default_factory=list)
@@ -319,6 +320,18 @@ def _into(name: str) -> Callable[[Data, Path, list[Row]], None]:
     return take
 
 
+def _decode_times(data: Data, path: Path, rows: list[Row]) -> None:
+    """Rows of `million bench e2e` too: the largest batches apart; the stages are in files of their own."""
+    for row in rows:
+        what, status = row.get("what") or "speed", row.get("status") or "ok"
+        if what == "breakdown" or status == "skipped":
+            continue
+        terms = _terms(path, row)
+        if status != "ok":
+            terms["error"] = row.get("note") or status
+        (data.largest if what == "largest" else data.speed).append(terms)
+
+
 def _scores(suite: str) -> Callable[[Data, Path, list[Row]], None]:
     def take(data: Data, path: Path, rows: list[Row]) -> None:
         for row in rows:
@@ -333,7 +346,7 @@ def _scores(suite: str) -> Callable[[Data, Path, list[Row]], None]:
 
 
 def _breakdown(data: Data, path: Path, rows: list[Row]) -> None:
-    """A row a stage and series: from columns `<series>_ms`, or from `ms` and a column naming the series."""
+    """A row a stage and series: columns `<series>_ms` or `_us`, or `ms` and a column naming the series."""
     for row in rows:
         terms = _terms(path, row)
         if row.get("ms"):
@@ -345,10 +358,13 @@ def _breakdown(data: Data, path: Path, rows: list[Row]) -> None:
                 series = key.removesuffix("_ms")
                 series = cache if series == "cache" else series
                 data.breakdown.append({**terms, "series": series, "ms": cell})
+            elif key.endswith("_us") and cell:
+                ms = repr(float(cell) / 1e3)
+                data.breakdown.append({**terms, "series": key.removesuffix("_us"), "ms": ms})
 
 
 def _nothing(data: Data, path: Path, rows: list[Row]) -> None:
-    """Answers one by one: to be read, not drawn."""
+    """Answers, or kernels, one by one: to be read, not drawn."""
 
 
 SUITES = {"longbench": "LongBench", "lm_eval": "lm-evaluation-harness"}
@@ -358,7 +374,8 @@ KINDS = (
     Kind("quality by position", frozenset({"first", "last", "kl_e3"}), _into("positions")),
     Kind("accuracy", frozenset({"quantizer", "kl_e3"}), _accuracy),
     Kind("kernel times", frozenset({"impl", "context", "median_us"}), _into("kernels")),
-    Kind("decode times", frozenset({"impl", "context", "tpot_ms"}), _into("speed")),
+    Kind("decode times", frozenset({"impl", "context", "tpot_ms"}), _decode_times),
+    Kind("kernels of stages", frozenset({"impl", "stage", "kernel", "launches"}), _nothing),
     Kind("stage times", frozenset({"stage"}), _breakdown),
     Kind("answers", frozenset({"task", "id", "prediction"}), _nothing),
     Kind("lm-eval scores", frozenset({"task", "metric", "filter", "score", "dense"}), _scores("lm_eval")),

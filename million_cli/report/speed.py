@@ -1,4 +1,4 @@
-"""Speed of decoding against context, for every implementation of one run."""
+"""Speed of decoding against context, and the largest batches, for every implementation of one run."""
 
 from __future__ import annotations
 
@@ -68,6 +68,55 @@ def exhibits(rows: Sequence[Row]) -> list[Exhibit]:
     return found
 
 
+LARGEST = (
+    ("model", "model", str),
+    ("impl", "implementation", str),
+    ("context", "context", lambda cell: tokens(float(cell))),
+    ("largest_batch", "largest batch", str),
+    ("cache_bytes", "cache GiB", number(".1f", 2**-30)),
+    ("error", "", str),
+)
+
+
+def largest(rows: Sequence[Row]) -> list[Exhibit]:
+    """One a context: how many sequences fit into the memory of the GPU, a bar a model and implementation."""
+    found = []
+    for (context,), members in by(rows, "context").items():
+        bars = {f"{row['model']}, {row['impl']}": to_float(row["largest_batch"]) or 0.0 for row in members}
+        title = f"sequences of {tokens(float(context))} tokens that fit"
+        said = join([f"{name} {count:.0f}" for name, count in bars.items()])
+        found.append(
+            Exhibit(
+                section="Largest batch",
+                name=slug("largest-batch", tokens(float(context))),
+                title=title,
+                words="Sequences that fit into the GPU's memory beside the model and can take a step.",
+                alt=f"Bars of {title}: {said}.",
+                paint=lambda figure, bars=bars, title=title: paint_counts(figure, bars, title),  # type: ignore[misc]
+                size=(7.0, 1.1 + 0.36 * len(bars)),
+                table=grid(members, LARGEST),
+                data=members,
+                origin=origin(members),
+            )
+        )
+    return found
+
+
+def paint_counts(figure: Any, bars: dict[str, float], title: str) -> None:
+    """A bar a name, its count at its end."""
+    axes = figure.add_subplot()
+    drawn = axes.barh(list(bars), list(bars.values()), color=look(0)["color"], height=0.62)
+    axes.bar_label(drawn, fmt="%.0f", padding=3)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.15 * max(*bars.values(), 1.0))
+    axes.set_xlabel(title)
+    axes.grid(axis="y", visible=False)
+
+
+OURS = ("pq", "million", "paged", "contiguous")
+"""What names of our implementations contain."""
+
+
 def paint_lines(figure: Any, lines: dict[str, list[Row]]) -> None:
     """Milliseconds a token against context, both logarithmic."""
     axes = figure.add_subplot()
@@ -77,7 +126,7 @@ def paint_lines(figure: Any, lines: dict[str, list[Row]]) -> None:
         if not points:
             continue
         contexts |= {context for context, _ in points}
-        dashes = {"linestyle": "-" if "pq" in name.lower() or "million" in name.lower() else "--"}
+        dashes = {"linestyle": "-" if any(ours in name.lower() for ours in OURS) else "--"}
         axes.plot(
             *zip(*points, strict=True), label=name, linewidth=1.5, markersize=5, **look(index), **dashes
         )

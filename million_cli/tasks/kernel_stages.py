@@ -42,7 +42,8 @@ KINDS: Mapping[str, str] = {
     "attention": r"mma_decode|lookup_decode|flash_fwd|flash_attn|fmha|sdpa|attention",
     "sampling": r"argmax|arg_max|ArgMax|exponential|softmax",
     "embedding": r"embedding|vectorized_gather|indexSelect|gather_kernel",
-    "product": r"gemm|gemv|cutlass|xmma|cublas|nvjet|s16816|triton_tem|splitk|matmul|gemmk1|triton_(red|per)_fused.*_mm(_|$)",
+    "product": r"gemm|gemv|cutlass|xmma|cublas|nvjet|s16816|triton_tem|splitk|matmul|"
+    r"triton_(red|per)_fused.*_mm(_|$)",
 }
 """Kind -> what a kernel's name must match, tried in this order; any other kernel is `small`.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from million_cli.errors import UserError
+from million_cli.report import speed
 from million_cli.report.sources import KINDS, label, read
 from million_cli.results import write_rows
 
@@ -77,11 +78,36 @@ def test_stage_times_in_either_form_are_the_same(tmp_path):
     wide = [{"stage": "MLP", "dense_ms": 1.0, "pq_ms": 2.0}]
     long = [{"stage": "MLP", "series": "dense", "ms": 1.0}, {"stage": "MLP", "impl": "pq", "ms": 2.0}]
     found = []
-    for rows in (wide, long):
+    micro = [{"stage": "MLP", "dense_us": 1000.0, "pq_us": 2000.0}]
+    for rows in (wide, long, micro):
         write_rows(tmp_path / "x.csv", rows)
         data = read([tmp_path / "x.csv"], "all")
         found.append([(row["stage"], row["series"], row["ms"]) for row in data.breakdown])
-    assert found[0] == found[1] == [("MLP", "dense", "1.0"), ("MLP", "pq", "2.0")]
+    assert found[0] == found[1] == found[2] == [("MLP", "dense", "1.0"), ("MLP", "pq", "2.0")]
+
+
+def test_rows_of_the_end_to_end_benchmark(tmp_path):
+    shared = {"model": "llama", "context": 1024, "batch": 1}
+    cases = [
+        ("speed", "paged-4bit", "ok", 2.0, None, ""),
+        ("speed", "dense", "oom", None, None, "out of memory"),
+        ("speed", "dense", "skipped", None, None, "budget_s is used up"),
+        ("breakdown", "paged-4bit", "ok", 2.5, None, ""),
+        ("largest", "paged-4bit", "ok", None, 30, ""),
+    ]
+    names = ("what", "impl", "status", "tpot_ms", "largest_batch", "note")
+    write_rows(tmp_path / "e2e.csv", [{**shared, **dict(zip(names, case, strict=True))} for case in cases])
+    kernels = [{"impl": "paged-4bit", "stage": "MLP", "kernel": "gemm", "launches": 32.0, "us": 9.0}]
+    write_rows(tmp_path / "kernels.csv", kernels)
+    data = read([tmp_path], "all")
+    assert [(row["impl"], row["tpot_ms"], row.get("error", "")) for row in data.speed] == [
+        ("paged-4bit", "2.0", ""),
+        ("dense", "", "out of memory"),
+    ]
+    assert data.breakdown == []
+    (exhibit,) = speed.largest(data.largest)
+    assert exhibit.table.rows == [["llama", "paged-4bit", "1K", "30"]]
+    assert exhibit.alt == "Bars of sequences of 1K tokens that fit: llama, paged-4bit 30."
 
 
 def test_rows_are_labelled_by_what_is_unusual_in_their_file():
