@@ -35,11 +35,11 @@ def commit() -> str:
 
 
 def main(work: Path, out: Path) -> None:
-    suites = ElementTree.parse(work / "tests.xml").getroot().iter("testsuite")
     counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
-    for suite in suites:
-        for name in counts:
-            counts[name] += int(suite.get(name, 0))
+    for part in ("engine", "others"):
+        for suite in ElementTree.parse(work / f"tests-{part}.xml").getroot().iter("testsuite"):
+            for name in counts:
+                counts[name] += int(suite.get(name, 0))
     gpu = torch.cuda.get_device_name()
     record = {
         "gpu": gpu,
