@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from tiny_models import random_ids, tiny_model
+from tiny_models import new_model, random_ids
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
 from million_cli.integration.joined import JoinedLinear, join_projections, part_projections
-
-
-def own_model(architecture: str = "llama") -> Any:
-    return copy.deepcopy(tiny_model(architecture))
 
 
 def compiled(model: nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -37,7 +32,7 @@ def compiled(model: nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 def test_one_product_for_one_input(architecture):
-    model, ids = own_model(architecture), random_ids(1, 5)
+    model, ids = new_model(architecture), random_ids(1, 5)
     plain, before = compiled(model, ids)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     parameters = dict(model.named_parameters())
@@ -50,7 +45,7 @@ def test_one_product_for_one_input(architecture):
     assert (before, after) == (2 * 7 + 1, 2 * 4 + 1)
     torch.testing.assert_close(joined, plain, rtol=1e-12, atol=1e-12)
     with torch.no_grad():
-        assert torch.equal(model(ids).logits, own_model(architecture)(ids).logits)  # eager code is the same
+        assert torch.equal(model(ids).logits, new_model(architecture)(ids).logits)  # eager code is the same
     part_projections(model)
     parted, again = compiled(model, ids)
     assert again == before
@@ -58,7 +53,7 @@ def test_one_product_for_one_input(architecture):
 
 
 def test_weights_that_change_in_place_or_are_replaced():
-    model, ids = own_model(), random_ids(1, 5)
+    model, ids = new_model(), random_ids(1, 5)
     join_projections(model)
     key = model.model.layers[0].self_attn.k_proj
     with torch.no_grad():
@@ -73,7 +68,7 @@ def test_weights_that_change_in_place_or_are_replaced():
 
 
 def test_what_is_not_plain_is_left_alone():
-    model = own_model()
+    model = new_model()
     attention, mlp = model.model.layers[0].self_attn, model.model.layers[1].mlp
     attention.q_proj.register_forward_hook(lambda *_: None)
     mlp.up_proj.bias = nn.Parameter(torch.zeros(48, dtype=torch.float64))
@@ -81,4 +76,4 @@ def test_what_is_not_plain_is_left_alone():
     assert type(attention.k_proj) is nn.Linear
     assert type(mlp.gate_proj) is nn.Linear
     assert isinstance(model.model.layers[0].mlp.gate_proj, JoinedLinear)
-    assert join_projections(own_model("phi3")) == 0  # joined by its own code
+    assert join_projections(new_model("phi3")) == 0  # joined by its own code

@@ -61,6 +61,11 @@ def tiny_model(architecture: str = "llama", seed: int = 0) -> PreTrainedModel:
 
 @cache
 def _tiny_model(architecture: str, seed: int) -> PreTrainedModel:
+    return new_model(architecture, seed)
+
+
+def new_model(architecture: str = "llama", seed: int = 0) -> PreTrainedModel:
+    """A model of one's own: engines change the projections of theirs."""
     config = {"model_type": architecture, **_SHAPE, **ARCHITECTURES[architecture]}
     return random_model(config, seed=seed, dtype="float64")
 
