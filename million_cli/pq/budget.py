@@ -37,13 +37,19 @@ def allocate(costs: Sequence[Sequence[float]], sizes: Sequence[int], budget: int
     return min((cost, total, choices) for total, (cost, choices) in best.items())[2]
 
 
-def mix(quantizers: Sequence[ProductQuantizer], choices: Sequence[int]) -> ProductQuantizer:
-    """One side that takes layer i from quantizers[choices[i]]; scope layer or head."""
-    layers = [quantizers[j].layer(i) for i, j in enumerate(choices)]
+def assemble(parts: Sequence[tuple[Sequence[int], ProductQuantizer]]) -> ProductQuantizer:
+    """One side from quantizers of some of its layers each, with the positions of those layers.
+
+    A part of all layers is the side itself; otherwise the scope is layer or head.
+    """
+    if len(parts) == 1:
+        return parts[0][1]
+    placed = {at: side.layer(i) for positions, side in parts for i, at in enumerate(positions)}
+    layers = [placed[at] for at in range(len(placed))]
     transforms = [layer.transform for layer in layers]
     return ProductQuantizer(
         tuple(layer.spec for layer in layers),
-        quantizers[0].scope,
+        parts[0][1].scope,
         tuple(layer.centroids for layer in layers),
         None if None in transforms else Transform.stack([t for t in transforms if t is not None]),
     )

@@ -152,7 +152,7 @@ def _lloyd(x: Tensor, centroids: Tensor, iterations: int, seed: int) -> Tensor:
 
 
 def _lloyd_on_a_line(x: Tensor, centroids: Tensor, iterations: int, seed: int) -> Tensor:
-    """`_lloyd` in one dimension, where samples in order make an iteration C searches instead of n C distances.
+    """`_lloyd` in one dimension, where an iteration takes C searches in sorted samples.
 
     x [G, n, 1], centroids [G, C, 1] -> [G, C, 1] in rising order.
     """

@@ -57,7 +57,8 @@ def test_quantizers_differ_as_configured(job):
             codebook.meta.key_metric,
         )
     keys, values, *rest = shapes.pop("pq-3bit")
-    assert sorted([*(M for _, M in keys), *values]) == [8, 8, 16, 16]
+    assert sum([*(M for _, M in keys), *values]) == 48  # of 32 dimensions each: 1.125 bits an element
+    assert len({*(M for _, M in keys), *values}) > 1
     assert rest == [1.125, "fisher"]
     assert shapes == {
         "million-paper": ([(1, 16)], [16, 16], 1.5, "euclidean"),
@@ -81,3 +82,11 @@ def test_refusals(job):
         train(Session(job("quantizer.keys.M=5")))
     with pytest.raises(UserError, match="dsub=3 does not divide head_dim=32"):
         train(Session(job("quantizer.keys.dsub=3")))
+    with pytest.raises(UserError, match=r"bits=4: accepted are 0\.375 to 3"):
+        train(Session(job("quantizer.bits=4")))
+    with pytest.raises(UserError, match=r"quantizer\.keys\.M=8: quantizer\.bits=1 chooses it by layer"):
+        job("quantizer.bits=1", "quantizer.keys.M=8")
+    with pytest.raises(UserError, match=r"values\.nbits=4: accepted with quantizer\.bits is that of keys, 3"):
+        job("quantizer.bits=1", "quantizer.values.nbits=4")
+    with pytest.raises(UserError, match=r"quantizer\.widths=\[\]"):
+        job("quantizer.bits=1", "quantizer.widths=[]")
