@@ -58,7 +58,9 @@ ExtendedResidual = Annotated[
 MaxPages = Annotated[
     str | None, typer.Option("--max-pages", "--max_pages", help="Size of the page pool.", metavar="N")
 ]
-Subspaces = Annotated[str | None, typer.Option("-M", help="Subspaces of keys and of values, in all layers.", metavar="N")]
+Subspaces = Annotated[
+    str | None, typer.Option("-M", help="Subspaces of keys and of values, in all layers.", metavar="N")
+]
 Nbits = Annotated[str | None, typer.Option("--nbits", help="Bits of a code, 1 to 16.", metavar="N")]
 Half = Annotated[bool, typer.Option("--half", help="Run the model in float16.")]
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:<number>.")]

@@ -1,4 +1,4 @@
-"""Overrides of a job that samples and trains within a second: random weights, synthetic text, 8 centroids everywhere."""
+"""Overrides of a job that samples and trains within a second: random weights and text, 8 centroids."""
 
 SMALL_JOB = [
     "model=tiny-random",

@@ -94,7 +94,7 @@ def _heads(rows: Tensor, heads: int) -> Tensor:
 
 
 def _places(model: PreTrainedModel, module: nn.Module) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Weight and bias of the projection that makes values (their rows are the last), weight of the output's."""
+    """Weight and bias of the projection that makes values (its last rows), weight of the output."""
     name = model.config.model_type
     made = getattr(module, "v_proj", None) or getattr(module, "qkv_proj", None)
     output = getattr(module, "o_proj", None)

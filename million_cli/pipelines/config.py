@@ -228,18 +228,22 @@ class TrainConfig:
         iterations: of k-means.
         alternations: of k-means and rotation, where the rotation is `opq`; 0 is its parametric form.
         max_samples_per_centroid: more samples than this times C are thinned at random.
+        measured: tokens, about, on which what `quantizer.bits` predicts is checked, layer by layer and side;
+            0 leaves it as it is.
     """
 
     trainer: str = "torch"
     iterations: int = 25
     alternations: int = 0
     max_samples_per_centroid: int = 256
+    measured: int = 8192
 
     def __post_init__(self) -> None:
         check("train.trainer", self.trainer, TRAINERS)
         at_least("train.iterations", self.iterations, 1)
         at_least("train.alternations", self.alternations, 0)
         at_least("train.max_samples_per_centroid", self.max_samples_per_centroid, 1)
+        at_least("train.measured", self.measured, 0)
 
 
 @dataclass

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from million_cli.errors import UserError
 from million_cli.pq.budget import allocate, assemble
-from million_cli.pq.codebook import Codebook, CodebookMeta, ProductQuantizer
+from million_cli.pq.codebook import Codebook, CodebookMeta, LayerPQ, ProductQuantizer
 from million_cli.pq.codec import decode, encode
 from million_cli.pq.faiss_kmeans import faiss_kmeans, import_faiss
 from million_cli.pq.kmeans import SEEDINGS, Seeding, kmeans
@@ -34,6 +34,9 @@ _KMEANS = {"torch": kmeans, "faiss": faiss_kmeans}  # by trainer: the same inter
 
 Progress = Callable[[int, int], None]
 """Called with (k-means problems done, problems in all)."""
+
+Measure = Callable[[str, int, LayerPQ], float]
+"""Called with a side, a layer's position and its quantizer: the KL divergence of coding it alone, in nats."""
 
 
 @dataclass(frozen=True)
@@ -131,12 +134,14 @@ def train_codebook(
     calibration: str,
     calibration_sha256: str,
     tokens: int,
+    measure: Measure | None = None,
     progress: Progress | None = None,
 ) -> Codebook:
     """Train both sides from samples [L, Hkv, n, D] (any float dtype; keys after RoPE) and fill in the card.
 
     information: Fisher information of keys and of values, [L, Hkv, D, D] each; needed by the metric `fisher`,
     which becomes `euclidean` without it, as the card says, and by a `Budget`.
+    measure: corrects what a `Budget` predicts, a layer and side at a time.
 
     Raises:
         UserError: samples that do not fit the fingerprint, no samples, or NaN or infinity among them;
@@ -155,7 +160,7 @@ def train_codebook(
     if isinstance(spec, Budget):
         if train.scope == "merged":
             raise UserError("bits: layers of one codebook cannot differ; accepted scopes are layer and head")
-        specs = _within(spec, samples, known, metrics, train, work)
+        specs = _within(spec, samples, known, metrics, train, measure, work)
     else:
         specs = {"keys": (spec.keys,) * len(keys), "values": (spec.values,) * len(values)}
     parts = {name: _parts(specs[name]) for name in samples}
@@ -260,14 +265,17 @@ def _within(
     information: dict[str, Tensor | None],
     metrics: dict[str, Metric],
     train: TrainSpec,
+    measure: Measure | None,
     work: _Work,
 ) -> dict[str, tuple[CodeSpec, ...]]:
     """The codes of each layer of either side that keep to the budget and promise the least divergence.
 
-    What a choice costs is found by a short training on a part of the samples.
+    What a choice costs is predicted after a short training on a part of the samples.  The prediction takes
+    errors of tokens as independent of each other and of the gradients, and so is short by a factor which
+    differs by layer and hardly by choice: it is measured for the one with the second fewest bits.
     """
     probe = replace(train, **_PROBE)
-    everywhere = range(len(samples["keys"]))
+    everywhere, everything = range(len(samples["keys"])), range(len(budget.choices))
     thinned = {name: Thinned(side, _PROBE_SAMPLES, train.seed) for name, side in samples.items()}
     work.expect(_problems(train.scope, side, one) for side in samples.values() for one in budget.choices)
     costs: list[list[float]] = []  # [2 L][choices], keys first
@@ -276,7 +284,14 @@ def _within(
             _train_part(name, side, everywhere, choice, information[name], metrics[name], probe, work)
             for choice in budget.choices
         ]
-        costs += [[sum(one.predicted_kl[i]) for one in tried] for i in everywhere]
+        predicted = [[sum(one.predicted_kl[i]) for one in tried] for i in everywhere]
+        if measure is not None:
+            j = sorted(everything, key=lambda j: budget.choices[j].bits_per_element)[:2][-1]
+            for i in everywhere:
+                found = measure(name, i, tried[j].quantizer.layer(i))
+                factor = found / predicted[i][j] if found > 0 and predicted[i][j] > 0 else 1.0
+                predicted[i] = [cost * factor for cost in predicted[i]]
+        costs += predicted
     sizes = [choice.M * choice.nbits for choice in budget.choices]
     most = math.floor(budget.bits * budget.choices[0].head_dim * len(costs) + 1e-6)
     chosen = [budget.choices[j] for j in allocate(costs, sizes, most)]
