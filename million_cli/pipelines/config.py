@@ -236,7 +236,7 @@ class TrainConfig:
     iterations: int = 25
     alternations: int = 0
     max_samples_per_centroid: int = 256
-    measured: int = 8192
+    measured: int = 4096
 
     def __post_init__(self) -> None:
         check("train.trainer", self.trainer, TRAINERS)
