@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -19,6 +19,7 @@ from million_cli.pipelines.session import Session
 from million_cli.pipelines.stages import code_digest, locked, stage_key
 from million_cli.pq import Budget, Codebook, TrainSpec, train_codebook
 from million_cli.progress import progress
+from million_cli.results import git_commit, running
 from million_cli.spec import PQSpec
 
 logger = logging.getLogger("million")
@@ -111,7 +112,8 @@ def train(session: Session) -> Path:
                 measure=Measure(session, measured) if measured else None,
                 progress=tick,
             )
-        codebook.save(path)
+        meta = replace(codebook.meta, command=running.get(), commit=git_commit())
+        replace(codebook, meta=meta).save(path)
         logger.info("codebook: %s", path)
     return path
 

@@ -10,6 +10,7 @@ from million_cli.pipelines import train_codebook as pipeline
 from million_cli.pipelines.session import Session
 from million_cli.pipelines.train_codebook import run_train, train
 from million_cli.pq import Codebook
+from million_cli.results import git_commit, running
 from million_cli.spec import CodeSpec
 
 
@@ -22,6 +23,16 @@ def test_the_codebook_says_where_it_comes_from(job):
     assert (codebook.meta.seed, codebook.meta.tokens, codebook.meta.samples) == (4, 3328, 512)
     assert codebook.keys.specs == (CodeSpec(32, 16, 3),) * 2
     assert (codebook.keys.scope, codebook.meta.trainer) == ("head", "torch")
+    assert (codebook.meta.command, codebook.meta.commit) == ("", git_commit())  # nobody gave a command
+
+
+def test_the_codebook_names_the_command_that_made_it(job, tmp_path):
+    token = running.set("million train-codebook x=1")
+    try:
+        codebook = Codebook.load(train(Session(job(f"out={tmp_path}"))))
+    finally:
+        running.reset(token)
+    assert codebook.meta.command == "million train-codebook x=1"
 
 
 def test_a_trained_codebook_is_found_again(job, monkeypatch):
