@@ -64,6 +64,7 @@ SETTINGS = {
     "code_share": "config.sample.code",
     "repeats_share": "config.sample.repeats",
     "alternations": "config.train.alternations",
+    "measured_tokens": "config.train.measured",
 }
 
 
@@ -72,12 +73,12 @@ def table(rows: list[dict[str, str]]) -> list[dict[str, str]]:
     lines: dict[tuple[str, ...], dict[str, str]] = {}
     for row in sorted(rows, key=lambda row: row["started"]):
         if "text" in row:  # of an earlier table
-            lines[_what(row)] = row
+            lines[_what(row)] = {**row, "command": without_folders(row["command"])}
         elif row.get("status") == "ok" and row.get("kl_e3"):
             is_pq = row["config.quantizer.kind"] == "pq"
             settings = {name: row.get(key, "") if is_pq else "" for name, key in SETTINGS.items()}
             if not settings["budget_bits"]:
-                settings["widths"] = ""  # nothing to choose
+                settings["widths"] = settings["measured_tokens"] = ""  # nothing to choose
             text = Path(row.get("config.task.path") or row["config.task.dataset"]).name
             measured = {column: row.get(column, "") for column in COLUMNS}
             measured["command"] = without_folders(measured["command"])
