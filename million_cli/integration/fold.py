@@ -84,7 +84,7 @@ class FoldedValues:
         self.undo()
 
     def _replace(self, place: Tensor, content: Tensor) -> None:
-        self._originals.append((place, place.clone()))
+        self._originals.append((place, place.detach().to("cpu", copy=True)))
         place.copy_(content)
 
 

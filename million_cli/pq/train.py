@@ -276,12 +276,12 @@ def _within(
     """
     probe = replace(train, **_PROBE)
     everywhere, everything = range(len(samples["keys"])), range(len(budget.choices))
-    thinned = {name: Thinned(side, _PROBE_SAMPLES, train.seed) for name, side in samples.items()}
     work.expect(_problems(train.scope, side, one) for side in samples.values() for one in budget.choices)
     costs: list[list[float]] = []  # [2 L][choices], keys first
-    for name, side in thinned.items():
+    for name, side in samples.items():
+        part = list(layers(Thinned(side, _PROBE_SAMPLES, train.seed)))  # read once for all choices
         tried = [
-            _train_part(name, side, everywhere, choice, information[name], metrics[name], probe, work)
+            _train_part(name, part, everywhere, choice, information[name], metrics[name], probe, work)
             for choice in budget.choices
         ]
         predicted = [[sum(one.predicted_kl[i]) for one in tried] for i in everywhere]
