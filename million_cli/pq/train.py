@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from million_cli.errors import UserError
-from million_cli.pq.budget import allocate, assemble
+from million_cli.pq.budget import Budget, allocate, assemble
 from million_cli.pq.codebook import Codebook, CodebookMeta, LayerPQ, ProductQuantizer
 from million_cli.pq.codec import decode, encode
 from million_cli.pq.faiss_kmeans import faiss_kmeans, import_faiss
@@ -90,24 +90,6 @@ class TrainSpec:
         """What a transform for codes of `spec` is fitted for."""
         most = self.max_samples_per_centroid * spec.C
         return Fit(self.scope, self.alternations, most, self.seed, self.device)
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Codes chosen a layer and side such that the predicted KL divergence is least.
-
-    choices: the codes to choose from; bits: mean code bits per element over all layers, keys and values;
-    otherwise: what to take where there is no Fisher information to predict from.
-    """
-
-    choices: tuple[CodeSpec, ...]
-    bits: float
-    otherwise: PQSpec
-
-    def __post_init__(self) -> None:
-        least, most = (f(choice.bits_per_element for choice in self.choices) for f in (min, max))
-        if not least <= self.bits <= most:
-            raise UserError(f"bits={self.bits:g}: accepted are {least:g} to {most:g}")
 
 
 @dataclass(frozen=True)
