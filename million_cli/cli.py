@@ -58,7 +58,9 @@ ExtendedResidual = Annotated[
 MaxPages = Annotated[
     str | None, typer.Option("--max-pages", "--max_pages", help="Size of the page pool.", metavar="N")
 ]
-Subspaces = Annotated[str | None, typer.Option("-M", help="Subspaces of keys and of values.", metavar="N")]
+Subspaces = Annotated[
+    str | None, typer.Option("-M", help="Subspaces of keys and of values, in all layers.", metavar="N")
+]
 Nbits = Annotated[str | None, typer.Option("--nbits", help="Bits of a code, 1 to 16.", metavar="N")]
 Half = Annotated[bool, typer.Option("--half", help="Run the model in float16.")]
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:<number>.")]
@@ -324,6 +326,7 @@ def _arguments(ctx: typer.Context, text: str = "task") -> list[str]:
     """The command's own options as overrides, before those the user wrote (the later one wins)."""
     options = {name: value for name, value in ctx.params.items() if value is not None and value is not False}
     overrides: list[str] = []
+    uniform = ["quantizer.bits=null"]  # all layers as they are told, not by a budget
     for name, value in options.items():
         match name:
             case "model":
@@ -335,9 +338,9 @@ def _arguments(ctx: typer.Context, text: str = "task") -> list[str]:
             case "page_size" | "extended_residual" | "max_pages":
                 overrides.append(f"cache.{name}={value}")
             case "subspaces":
-                overrides += [f"quantizer.keys.M={value}", f"quantizer.values.M={value}"]
+                overrides += [f"quantizer.{side}.M={value}" for side in ("keys", "values")] + uniform
             case "nbits":
-                overrides += [f"quantizer.keys.nbits={value}", f"quantizer.values.nbits={value}"]
+                overrides += [f"quantizer.{side}.nbits={value}" for side in ("keys", "values")] + uniform
             case "half":
                 overrides.append("model.dtype=float16")
             case "breakdown":

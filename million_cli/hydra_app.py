@@ -28,7 +28,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from million_cli.errors import UserError
 from million_cli.pipelines.config import JobConfig
-from million_cli.results import CHECKOUT, Provenance, Record, Status, now, read_rows
+from million_cli.results import CHECKOUT, Provenance, Record, Status, now, read_rows, running
 
 VALUED_FLAGS = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--info", "-i")
 EXIT_CODES: dict[Status, int] = {"ok": 0, "failed": 1, "refused": 2}
@@ -188,6 +188,7 @@ def _job(verb: str, run_id: str, command: str, config: DictConfig) -> None:
     started, clock = now(), time.perf_counter()
     raw: Any = OmegaConf.to_container(config)
     out = Path(raw["out"])
+    running.set(command)
 
     def record(**fields: Any) -> Record:
         duration = time.perf_counter() - clock

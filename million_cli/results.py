@@ -21,6 +21,7 @@ import platform
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cache
@@ -42,6 +43,10 @@ TAIL = ("fallbacks", "error")
 LOCK_TIMEOUT_S = 120.0
 CHECKOUT = Path(__file__).resolve().parent.parent
 """Root of the checkout this package runs from; site-packages if it is installed."""
+
+
+running: ContextVar[str] = ContextVar("running", default="")
+"""The command that runs, for what it makes beside its record."""
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,16 @@
 """The columns of a results CSV that tell quality against bits, one row a measurement, least KL first.
 
-    python scripts/accuracy_table.py outputs/results.csv results/reference-accuracy.csv
+    python scripts/accuracy_table.py outputs/results.csv [more.csv ...] results/reference-accuracy.csv
+    python scripts/accuracy_table.py --recall outputs/results.csv [more.csv ...] results/reference-recall.csv
 
-The text is that of the file or data set which the measurement read.
+The text is that of the file or data set which the measurement read; files in commands are named without their
+folders.  Earlier tables may be among the sources: of measurements of the same thing the latest is kept.
 """
 
 from __future__ import annotations
 
+import csv
+import re
 import sys
 from pathlib import Path
 
@@ -33,6 +37,22 @@ COLUMNS = (
     "device",
     "command",
 )
+RECALL = (
+    "bits_nominal",
+    "recall",
+    "recall_low",
+    "recall_high",
+    "recall_dense",
+    "recall_lost",
+    "recall_gained",
+    "recall_n",
+    "commit",
+    "started",
+    "duration_s",
+    "torch",
+    "device",
+    "command",
+)
 SETTINGS = {
     "scope": "config.quantizer.scope",
     "key_rotation": "config.quantizer.keys.rotation",
@@ -44,24 +64,64 @@ SETTINGS = {
     "code_share": "config.sample.code",
     "repeats_share": "config.sample.repeats",
     "alternations": "config.train.alternations",
+    "measured_tokens": "config.train.measured",
 }
 
 
 def table(rows: list[dict[str, str]]) -> list[dict[str, str]]:
     """One line a finished measurement of quality."""
-    lines = []
-    for row in rows:
-        if row.get("status") == "ok" and row.get("kl_e3"):
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in sorted(rows, key=lambda row: row["started"]):
+        if "text" in row:  # of an earlier table
+            lines[_what(row)] = {**row, "command": without_folders(row["command"])}
+        elif row.get("status") == "ok" and row.get("kl_e3"):
             is_pq = row["config.quantizer.kind"] == "pq"
             settings = {name: row.get(key, "") if is_pq else "" for name, key in SETTINGS.items()}
             if not settings["budget_bits"]:
-                settings["widths"] = ""  # nothing to choose
+                settings["widths"] = settings["measured_tokens"] = ""  # nothing to choose
             text = Path(row.get("config.task.path") or row["config.task.dataset"]).name
             measured = {column: row.get(column, "") for column in COLUMNS}
-            lines.append({"quantizer": row["config.quantizer.name"], "text": text, **settings, **measured})
-    return sorted(lines, key=lambda line: (line["text"], float(line["kl_e3"])))
+            measured["command"] = without_folders(measured["command"])
+            line = {"quantizer": row["config.quantizer.name"], "text": text, **settings, **measured}
+            lines[_what(line)] = line
+    return sorted(lines.values(), key=lambda line: (line["text"], float(line["kl_e3"])))
+
+
+def recall(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """One line a finished measurement of recall, most bits first."""
+    lines = []
+    for row in rows:
+        if row.get("status") == "ok" and row.get("recall"):
+            task = {name: row.get(f"config.task.{name}", "") for name in ("facts", "lengths", "samples")}
+            measured = {column: row.get(column, "") for column in RECALL}
+            measured["command"] = without_folders(measured["command"])
+            lines.append({"quantizer": row["config.quantizer.name"], **task, **measured})
+    return sorted(lines, key=lambda line: -float(line["bits_nominal"]))
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a results CSV or of an earlier table."""
+    with path.open(encoding="utf-8", newline="") as file:
+        columns = next(csv.reader(file), [])
+        file.seek(0)
+        return list(csv.DictReader(file)) if {"quantizer", "text"} <= set(columns) else read_rows(path)[1]
+
+
+def without_folders(command: str) -> str:
+    """The command with the last part alone of every absolute path."""
+    return re.sub(r"(?<![\w.])/(?:[^\s,/'\"]+/)+", "", command)
+
+
+def _what(line: dict[str, str]) -> tuple[str, ...]:
+    """What a line measures; a uniform quantizer and one with a budget are two things of one name."""
+    return tuple(line.get(name) or "" for name in ("quantizer", "text", *SETTINGS))
 
 
 if __name__ == "__main__":
-    source, target = map(Path, sys.argv[1:])
-    write_rows(target, table(read_rows(source)[1]))
+    arguments = sys.argv[1:]
+    made = table
+    if arguments[0] == "--recall":
+        made = recall
+        del arguments[0]
+    *sources, target = map(Path, arguments)
+    write_rows(target, made([row for source in sources for row in read(source)]))

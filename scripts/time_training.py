@@ -46,14 +46,17 @@ def main(
     heads: Annotated[int, typer.Option(help="KV heads")] = 8,
     head_dim: Annotated[int, typer.Option(help="dimensions of a head")] = 128,
     samples: Annotated[int, typer.Option(help="vectors a layer and head")] = 16_384,
-    bits: Annotated[float | None, typer.Option(help="a budget over 2 and 4 bits; none trains 4 bits")] = None,
+    bits: Annotated[
+        float, typer.Option(help="a budget over 8, 4, 2 and 1 bits; 0 trains 4 everywhere")
+    ] = 4.0,
     iterations: Annotated[int, typer.Option(help="of k-means")] = 25,
     device: Annotated[str, typer.Option(help="cuda or cpu")] = "cuda" if torch.cuda.is_available() else "cpu",
 ) -> None:
     """Print seconds, and the peaks of host and device memory, of training in the Fisher metric."""
     fingerprint = ModelFingerprint("llama", layers, tuple(range(layers)), heads, head_dim, "")
-    wide, narrow = CodeSpec(head_dim, head_dim // 2, 8), CodeSpec(head_dim, head_dim // 4, 8)
-    spec = PQSpec(wide, wide) if bits is None else Budget((wide, narrow), bits, PQSpec(wide, narrow))
+    choices = tuple(CodeSpec(head_dim, head_dim // width, 8) for width in (1, 2, 4, 8))
+    uniform = PQSpec(choices[1], choices[1])
+    spec = Budget(choices, bits, uniform) if bits else uniform
     root = torch.randn(layers, heads, head_dim, head_dim, dtype=torch.float64)
     information = root @ root.mT / head_dim
     with tempfile.TemporaryDirectory() as name, progress(1, "training", "k-means") as bar:

@@ -335,8 +335,13 @@ def train_model(
     seed: int,
     device: str,
     compiled: bool,
+    seconds: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Train, evaluating and saving `evaluations` times; returns the rows of `training_log.csv`."""
+    """Train, evaluating and saving `evaluations` times; returns the rows of `training_log.csv`.
+
+    seconds: the learning rate falls to zero within that time, counted from the second step on (the first one
+    compiles), or within `steps`, whichever is sooner; then it ends.
+    """
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(data)
@@ -354,8 +359,15 @@ def train_model(
         torch.optim.Muon(matrices, lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr, betas=(0.9, 0.95), weight_decay=decay),
     ]
+    clock: list[float] = []  # when the first step was over
+
+    def left(step: int) -> float:
+        """Of the steps or of the time, whichever is less."""
+        of_time = 1 - (time.monotonic() - clock[0]) / seconds if seconds and clock else 1.0
+        return max(0.0, min(1 - step / steps, of_time))
+
     schedules = [
-        torch.optim.lr_scheduler.LambdaLR(o, lambda step: min((step + 1) / hyper.warmup, 1 - step / steps))
+        torch.optim.lr_scheduler.LambdaLR(o, lambda step: min((step + 1) / hyper.warmup, left(step)))
         for o in optimizers
     ]
     losses_of = torch.compile(token_losses) if compiled else token_losses
@@ -375,7 +387,12 @@ def train_model(
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-        if step in (1, steps) or step % max(1, steps // evaluations) == 0:
+        if not clock:
+            if device.startswith("cuda"):
+                torch.cuda.synchronize()
+            clock.append(time.monotonic())
+        over = left(step) == 0.0
+        if step == 1 or over or step % max(1, steps // evaluations) == 0:
             model.eval()
             log.append(
                 {
@@ -393,6 +410,8 @@ def train_model(
             tqdm.write(", ".join(f"{k} {v:.4g}" for k, v in log[-1].items()))
             save_model(model, tokenizer, out)
             write_log(out / "training_log.csv", log)
+        if over:
+            break
     return log
 
 
@@ -410,6 +429,7 @@ def train(
     data: Annotated[Path, typer.Argument(help="folder written by `prepare`", exists=True)],
     out: Annotated[Path, typer.Argument(help="folder for the model")],
     steps: Annotated[int, typer.Option(help="optimiser steps")] = 8000,
+    seconds: Annotated[float | None, typer.Option(help="at most that long, learning rate and all")] = None,
     evaluations: Annotated[int, typer.Option(help="how often to evaluate, log and save")] = 10,
     seed: Annotated[int, typer.Option(help="weights and batches")] = 0,
     device: Annotated[str, typer.Option(help="cuda or cpu")] = "cuda" if torch.cuda.is_available() else "cpu",
@@ -425,7 +445,15 @@ def train(
     settings = Hyper(**changed)
     typer.echo(json.dumps({"steps": steps, "seed": seed, **asdict(settings)}))
     train_model(
-        data, out, settings, steps=steps, evaluations=evaluations, seed=seed, device=device, compiled=compiled
+        data,
+        out,
+        settings,
+        steps=steps,
+        evaluations=evaluations,
+        seed=seed,
+        device=device,
+        compiled=compiled,
+        seconds=seconds,
     )
 
 

@@ -1,4 +1,4 @@
-"""Overrides of a job that samples and trains within a second: random weights, synthetic text, 8 centroids."""
+"""Overrides of a job that samples and trains within a second: random weights and text, 8 centroids."""
 
 SMALL_JOB = [
     "model=tiny-random",
@@ -8,6 +8,7 @@ SMALL_JOB = [
     "sample.context=256",
     "sample.reservoir=512",
     "train.iterations=2",
+    "quantizer.bits=null",
     "quantizer.keys.nbits=3",
     "quantizer.values.nbits=3",
 ]

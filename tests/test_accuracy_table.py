@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from million_cli.results import read_rows, write_rows
+from million_cli.results import write_rows
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "accuracy_table.py"
 
@@ -18,6 +18,8 @@ def test_measurements_are_sorted_and_the_rest_left_out(tmp_path):
     def row(name, kind, kl, path="", status="ok"):
         return {
             "run": "r",
+            "started": f"2026-01-0{len(name)}T00:00:00+00:00",
+            "command": "million eval task.path=/some/where/code.py,other/x.txt out=outputs quantizer=a/b",
             "status": status,
             "kl_e3": kl,
             "config.quantizer.name": name,
@@ -37,10 +39,24 @@ def test_measurements_are_sorted_and_the_rest_left_out(tmp_path):
         row("e", "dense", ""),
     ]
     write_rows(tmp_path / "results.csv", rows)
-    lines = script.table(read_rows(tmp_path / "results.csv")[1])
+    lines = script.table(script.read(tmp_path / "results.csv"))
     assert [(line["quantizer"], line["text"], line["key_rotation"]) for line in lines] == [
         ("c", "code.py", "opq"),
         ("a", "some-text", ""),
         ("b", "some-text", "opq"),
     ]
     assert [line["code_share"] for line in lines] == ["0.3", "", "0.3"]
+    assert lines[0]["command"] == "million eval task.path=code.py,other/x.txt out=outputs quantizer=a/b"
+
+    write_rows(tmp_path / "table.csv", lines)
+    again = script.read(tmp_path / "table.csv")
+    later = {**row("b", "pq", 9.0), "started": "2026-02-01T00:00:00+00:00"}
+    budget = {**later, "config.quantizer.bits": 4.0, "kl_e3": 5.0}
+    write_rows(tmp_path / "more.csv", [later, budget])
+    merged = script.table([*script.read(tmp_path / "more.csv"), *again])
+    assert [(line["quantizer"], line["budget_bits"], line["kl_e3"]) for line in merged] == [
+        ("c", "", "1.0"),
+        ("b", "4.0", "5.0"),
+        ("b", "", "9.0"),
+        ("a", "", "9.5"),
+    ]

@@ -66,6 +66,7 @@ def test_quantizers_have_the_bits_in_their_names(name, bits, head_dim):
     spec = quantizer.spec(head_dim)
     assert spec.bits_per_element == bits
     assert quantizer.scope == ("merged" if name == "million-paper" else "head")
+    assert quantizer.bits == (None if name == "million-paper" else bits)
     if name == "pq-3bit":
         assert (spec.keys.bits_per_element, spec.values.bits_per_element) == (4.0, 2.0)
 

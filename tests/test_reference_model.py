@@ -270,6 +270,22 @@ def test_training_lowers_the_loss_and_saves(script: ModuleType, prepared: Path, 
     assert not list(tmp_path.glob(".*.part"))
 
 
+def test_training_ends_in_time_with_a_learning_rate_of_zero(
+    script: ModuleType, prepared: Path, tmp_path: Path
+) -> None:
+    arguments = ["train", str(prepared), str(tmp_path / "model"), "--seconds", "1", "--device", "cpu"]
+    small = ("sequence=64", "batch=2", "hidden_size=32", "intermediate_size=32", "num_hidden_layers=1")
+    for setting in (*small, "num_attention_heads=1", "num_key_value_heads=1", "head_dim=32", "warmup=2"):
+        arguments += ["--set", setting]
+    result = CliRunner().invoke(script.app, [*arguments, "--no-compile"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    with (tmp_path / "model" / "training_log.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2
+    assert 1 < int(rows[1]["step"]) < 8000
+    assert float(rows[1]["learning_rate"]) == 0.0
+
+
 def test_unknown_hyper_parameter_is_named(script: ModuleType, prepared: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(script.app, ["train", str(prepared), str(tmp_path), "--set", "layers=2"])
     assert result.exit_code == 2

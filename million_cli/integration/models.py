@@ -134,7 +134,7 @@ def fingerprint(model: PreTrainedModel) -> ModelFingerprint:
             memory.
     """
     layers = full_attention_layers(model.config)
-    attention = dict(_attention_modules(model))
+    attention = dict(attention_modules(model))
     digest = hashlib.sha256()
     shapes = set()
     for index in layers:
@@ -214,7 +214,8 @@ def _resolve_name(name_or_path: str) -> str:
     return name_or_path
 
 
-def _attention_modules(model: PreTrainedModel) -> Iterator[tuple[int, nn.Module]]:
+def attention_modules(model: PreTrainedModel) -> Iterator[tuple[int, nn.Module]]:
+    """The modules that make keys and values, with their layer's index."""
     for module in model.get_decoder().modules():
         index = getattr(module, "layer_idx", None)
         if isinstance(index, int) and _kv_projections(module):

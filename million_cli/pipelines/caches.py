@@ -28,7 +28,7 @@ class Caches:
         codec: of an alternative to product quantization, whose caches are simulated.
 
     Raises:
-        UserError: the codebook is missing or belongs to another model, or see `train`.
+        UserError: the codebook is missing or belongs to another model, or cannot be folded, or see `train`.
     """
 
     def __init__(self, session: Session) -> None:
@@ -43,6 +43,8 @@ class Caches:
             self.codebook_path = Path(config.codebook) if config.codebook else train(session)
             self.codebook = Codebook.load(self.codebook_path)
             self.codebook.check(session.fingerprint)
+            if config.fold:
+                self.codebook = session.fold(self.codebook)
         elif config.quantizer.kind in BASELINES:
             self.codec = make_codec(config.quantizer.kind, self._codec_spec())
 

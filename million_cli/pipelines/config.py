@@ -103,8 +103,8 @@ class QuantizerConfig:
         scope: one codebook for all (`merged`), per `layer`, or per layer and KV `head`.
         seeding: of k-means: `kmeans++`, or `random` as FAISS does it.
         bits: mean bits of an element; each layer's keys and values then take the one of `widths` with which
-            the predicted KL divergence is least, instead of their own `dsub` or `M`.  null: as `keys` and
-            `values` say, and so it is where the model gives no gradients to predict from.
+            the predicted KL divergence is least, instead of their own `dsub`.  null: as `keys` and `values`
+            say, and so it is where the model gives no gradients to predict from.
         widths: dimensions of a subspace to choose from, with `keys.nbits` bits a code.
     """
 
@@ -118,12 +118,26 @@ class QuantizerConfig:
     keys: SideConfig = field(default_factory=SideConfig)
     values: SideConfig = field(default_factory=SideConfig)
     bits: float | None = None
-    widths: list[int] = field(default_factory=lambda: [2, 4])
+    widths: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
 
     def __post_init__(self) -> None:
         check("quantizer.kind", self.kind, QUANTIZERS)
         check("quantizer.scope", self.scope, SCOPES)
         check("quantizer.seeding", self.seeding, SEEDINGS)
+        if self.bits is not None:
+            for name, side in (("keys", self.keys), ("values", self.values)):
+                if side.M is not None:
+                    raise UserError(
+                        f"quantizer.{name}.M={side.M}: quantizer.bits={self.bits:g} chooses it by layer; "
+                        "accepted with quantizer.bits=null"
+                    )
+            if self.keys.nbits != self.values.nbits:
+                raise UserError(
+                    f"quantizer.values.nbits={self.values.nbits}: accepted with quantizer.bits is that of "
+                    f"keys, {self.keys.nbits}"
+                )
+            if not self.widths:
+                raise UserError("quantizer.widths=[]: accepted are some numbers of dimensions")
 
     def spec(self, head_dim: int) -> PQSpec:
         """What `keys` and `values` say.
@@ -214,18 +228,22 @@ class TrainConfig:
         iterations: of k-means.
         alternations: of k-means and rotation, where the rotation is `opq`; 0 is its parametric form.
         max_samples_per_centroid: more samples than this times C are thinned at random.
+        measured: tokens, about, on which what `quantizer.bits` predicts is checked, layer by layer and side;
+            0 leaves it as it is.
     """
 
     trainer: str = "torch"
     iterations: int = 25
     alternations: int = 0
     max_samples_per_centroid: int = 256
+    measured: int = 4096
 
     def __post_init__(self) -> None:
         check("train.trainer", self.trainer, TRAINERS)
         at_least("train.iterations", self.iterations, 1)
         at_least("train.alternations", self.alternations, 0)
         at_least("train.max_samples_per_centroid", self.max_samples_per_centroid, 1)
+        at_least("train.measured", self.measured, 0)
 
 
 @dataclass
@@ -256,6 +274,8 @@ class JobConfig:
         bench: what `million bench` times.
         stages: what `million run` chains.
         codebook: a trained codebook file; null trains one from `data` (or takes it from an earlier run).
+        fold: put the values' rotation into the model's projections (exact up to rounding), instead of undoing
+            it on the output of attention.
         device: auto, cpu, cuda or cuda:<number>; auto is the GPU if there is one.
         strict: a fallback is an error.
         allow_same_text: judge on the calibration text all the same.
@@ -275,6 +295,7 @@ class JobConfig:
     report: ReportConfig = field(default_factory=ReportConfig)
     stages: list[str] = field(default_factory=lambda: ["sample", "train", "evaluate"])
     codebook: str | None = None
+    fold: bool = False
     seed: int = 0
     device: str = "auto"
     strict: bool = False

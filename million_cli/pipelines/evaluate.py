@@ -113,6 +113,7 @@ def _measured(session: Session, caches: Caches, task: Any, text: Any) -> dict[st
         "quantizer": None if codebook else {**asdict(config.quantizer), "name": ""},
         "cache": asdict(config.cache) if config.quantizer.kind != "dense" else None,
         "strict": config.strict,
+        "fold": config.fold,
     }
     key = stage_key(
         {

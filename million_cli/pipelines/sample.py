@@ -72,7 +72,7 @@ def sample(session: Session) -> Path:
         if state is not None and state["done"]:
             logger.info("samples: %s (from an earlier run)", folder)
             return folder
-        windows = _windows(session)
+        windows = calibration_windows(session)
         done = state["windows"] if state is not None else 0
         information = Information(session.model, seed=config.seed)
         if done:
@@ -129,7 +129,7 @@ def _gather(information: Information, window: torch.Tensor, wanted: int) -> int:
     return wanted
 
 
-def _windows(session: Session) -> torch.Tensor:
+def calibration_windows(session: Session) -> torch.Tensor:
     """Token ids `[windows, context]`: calibration text, with code and random repetitions spread among it.
 
     A text shorter than a window is one window.

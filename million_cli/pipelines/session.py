@@ -14,9 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from million_cli.errors import UserError
+from million_cli.integration.fold import FoldedValues
 from million_cli.integration.models import fingerprint, load_model, random_model, resolve_device
 from million_cli.pipelines import Result
 from million_cli.pipelines.config import JobConfig
+from million_cli.pq import Codebook
 from million_cli.spec import ModelFingerprint
 from million_cli.text import Text, TextConfig, load_text
 
@@ -99,6 +101,17 @@ class Session:
             "dtype": str(self.model.dtype),
             "device": self.device_name,
         }
+
+    def fold(self, codebook: Codebook) -> Codebook:
+        """The codebook for the model with its values' maps folded in, which it stays from here on.
+
+        Its identity remains that of the weights that were loaded.
+
+        Raises:
+            UserError: as `integration.fold.FoldedValues`.
+        """
+        _ = self.identity, self.fingerprint  # before the weights change
+        return FoldedValues(self.model, codebook).codebook
 
     def result(self, metrics: dict[str, Any], fallbacks: list[str] | None = None) -> Result:
         """A result with the session's configuration, device and dtype."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,11 +13,13 @@ from million_cli.integration.information import mean_of_state
 from million_cli.integration.sampling import Samples
 from million_cli.pipelines import Result
 from million_cli.pipelines.config import JobConfig
+from million_cli.pipelines.measured import Measure
 from million_cli.pipelines.sample import sample, sample_key
 from million_cli.pipelines.session import Session
 from million_cli.pipelines.stages import code_digest, locked, stage_key
 from million_cli.pq import Budget, Codebook, TrainSpec, train_codebook
 from million_cli.progress import progress
+from million_cli.results import git_commit, running
 from million_cli.spec import PQSpec
 
 logger = logging.getLogger("million")
@@ -49,6 +51,7 @@ def train(session: Session) -> Path:
     spec: PQSpec | Budget = quantizer.spec(head_dim)
     if quantizer.bits is not None:
         spec = Budget(quantizer.choices(head_dim), quantizer.bits, otherwise=quantizer.spec(head_dim))
+    measured = config.train.measured if quantizer.bits is not None else 0
     metrics = (quantizer.keys.metric, quantizer.values.metric)
     key = stage_key(
         {
@@ -58,6 +61,7 @@ def train(session: Session) -> Path:
             "train": asdict(config.train),
             "seed": config.seed,
             "device": session.device_name,
+            "window": asdict(config.cache.window()) if measured else None,
             **code_digest("pq"),
         }
     )
@@ -105,9 +109,11 @@ def train(session: Session) -> Path:
                 calibration=text.source,
                 calibration_sha256=text.sha256,
                 tokens=samples.manifest["progress"]["tokens"],
+                measure=Measure(session, measured) if measured else None,
                 progress=tick,
             )
-        codebook.save(path)
+        meta = replace(codebook.meta, command=running.get(), commit=git_commit())
+        replace(codebook, meta=meta).save(path)
         logger.info("codebook: %s", path)
     return path
 

@@ -3,10 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from million_cli.errors import UserError
 from million_cli.pq.codebook import ProductQuantizer
 from million_cli.pq.transform import Transform
+from million_cli.spec import CodeSpec, PQSpec
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Codes chosen a layer and side such that the predicted KL divergence is least.
+
+    choices: the codes to choose from; bits: mean code bits per element over all layers, keys and values;
+    otherwise: what to take where there is no Fisher information to predict from.
+    """
+
+    choices: tuple[CodeSpec, ...]
+    bits: float
+    otherwise: PQSpec
+
+    def __post_init__(self) -> None:
+        least, most = (f(choice.bits_per_element for choice in self.choices) for f in (min, max))
+        if not least <= self.bits <= most:
+            raise UserError(f"bits={self.bits:g}: accepted are {least:g} to {most:g}")
 
 
 def allocate(costs: Sequence[Sequence[float]], sizes: Sequence[int], budget: int) -> list[int]:
@@ -37,13 +57,19 @@ def allocate(costs: Sequence[Sequence[float]], sizes: Sequence[int], budget: int
     return min((cost, total, choices) for total, (cost, choices) in best.items())[2]
 
 
-def mix(quantizers: Sequence[ProductQuantizer], choices: Sequence[int]) -> ProductQuantizer:
-    """One side that takes layer i from quantizers[choices[i]]; scope layer or head."""
-    layers = [quantizers[j].layer(i) for i, j in enumerate(choices)]
+def assemble(parts: Sequence[tuple[Sequence[int], ProductQuantizer]]) -> ProductQuantizer:
+    """One side from quantizers of some of its layers each, with the positions of those layers.
+
+    A part of all layers is the side itself; otherwise the scope is layer or head.
+    """
+    if len(parts) == 1:
+        return parts[0][1]
+    placed = {at: side.layer(i) for positions, side in parts for i, at in enumerate(positions)}
+    layers = [placed[at] for at in range(len(placed))]
     transforms = [layer.transform for layer in layers]
     return ProductQuantizer(
         tuple(layer.spec for layer in layers),
-        quantizers[0].scope,
+        parts[0][1].scope,
         tuple(layer.centroids for layer in layers),
         None if None in transforms else Transform.stack([t for t in transforms if t is not None]),
     )

@@ -93,6 +93,7 @@ class CodebookMeta:
     key_metric, value_metric: what the squared error was least in, "euclidean" or "fisher" (see `pq.metric`).
     key_error, value_error: [L][Hkv] mean squared error over variance, on the training samples.
     key_predicted_kl, value_predicted_kl: [L][Hkv], see `train.TrainedSide`; empty without Fisher information.
+    command, commit: what made it, where that is known.
     """
 
     fingerprint: ModelFingerprint
@@ -114,6 +115,8 @@ class CodebookMeta:
     key_predicted_kl: list[list[float]] = field(default_factory=list)
     value_predicted_kl: list[list[float]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
+    command: str = ""
+    commit: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "fingerprint": self.fingerprint.to_dict()}

@@ -61,7 +61,8 @@ def kmeans(
             first = seed_centroids(x, C, seed, seeding)
         else:
             first = initial[start : start + step].to(x) - mean
-        centroids[start : start + step] = mean + _lloyd(x, first, iterations, seed)
+        lloyd = _lloyd_on_a_line if dsub == 1 else _lloyd
+        centroids[start : start + step] = mean + lloyd(x, first, iterations, seed)
         if progress:
             progress(len(chunk))
     return centroids
@@ -148,6 +149,34 @@ def _lloyd(x: Tensor, centroids: Tensor, iterations: int, seed: int) -> Tensor:
             break
         centroids = updated
     return centroids
+
+
+def _lloyd_on_a_line(x: Tensor, centroids: Tensor, iterations: int, seed: int) -> Tensor:
+    """`_lloyd` in one dimension, where an iteration takes C searches in sorted samples.
+
+    x [G, n, 1], centroids [G, C, 1] -> [G, C, 1] in rising order.
+    """
+    ordered = x[..., 0].sort(1).values
+    G, n = ordered.shape
+    sums = torch.cat([ordered.new_zeros(G, 1), ordered], 1).cumsum(1, dtype=torch.float64)
+    ends = torch.tensor([0, n], device=x.device).expand(G, 2)
+    generator = torch.Generator().manual_seed(seed + 1)
+    line = centroids[..., 0].sort(1).values
+    for _ in range(iterations):
+        borders = (line[:, 1:] + line[:, :-1]) / 2
+        bounds = torch.cat([ends[:, :1], torch.searchsorted(ordered, borders), ends[:, 1:]], 1)
+        counts = bounds.diff(dim=1)
+        means = (sums.gather(1, bounds).diff(dim=1) / counts.clamp(min=1)).float()
+        updated = torch.where(counts > 0, means, line)
+        empty = counts == 0
+        if bool(empty.any()):
+            assigned = torch.searchsorted(borders.contiguous(), ordered, right=True)
+            updated = _reseed(ordered[..., None], updated[..., None], assigned, empty, generator)[..., 0]
+        updated = updated.sort(1).values
+        if torch.equal(updated, line):
+            break
+        line = updated
+    return line[..., None]
 
 
 def _assign(augmented: Tensor, centroids: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,6 +36,20 @@ class Thinned:
             return layer
         rows = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed))[: self.most]
         return layer[:, rows.to(layer.device)]
+
+
+@dataclass(frozen=True)
+class SomeLayers:
+    """Those of the layers whose positions are given."""
+
+    samples: LayerSamples
+    positions: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return self.samples[self.positions[i]]
 
 
 @dataclass(frozen=True)

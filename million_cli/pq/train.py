@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from million_cli.errors import UserError
-from million_cli.pq.budget import allocate, mix
-from million_cli.pq.codebook import Codebook, CodebookMeta, ProductQuantizer
+from million_cli.pq.budget import Budget, allocate, assemble
+from million_cli.pq.codebook import Codebook, CodebookMeta, LayerPQ, ProductQuantizer
 from million_cli.pq.codec import decode, encode
 from million_cli.pq.faiss_kmeans import faiss_kmeans, import_faiss
 from million_cli.pq.kmeans import SEEDINGS, Seeding, kmeans
 from million_cli.pq.rotation import ROTATIONS, Fit, fit_transform
-from million_cli.pq.samples import LayerSamples, Thinned, layers
+from million_cli.pq.samples import LayerSamples, SomeLayers, Thinned, layers
 from million_cli.pq.transform import Transform
 from million_cli.spec import SCOPES, CodeSpec, ModelFingerprint, PQSpec, Scope
 
@@ -27,10 +27,16 @@ Trainer = Literal["torch", "faiss"]
 TRAINERS: tuple[Trainer, ...] = get_args(Trainer)
 Metric = Literal["euclidean", "fisher"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
+# What a choice of codes costs is predicted after a training of this length, on so many samples a head.
+_PROBE: dict[str, Any] = {"iterations": 5, "alternations": 0, "max_samples_per_centroid": 16}
+_PROBE_SAMPLES = 8192
 _KMEANS = {"torch": kmeans, "faiss": faiss_kmeans}  # by trainer: the same interface
 
 Progress = Callable[[int, int], None]
 """Called with (k-means problems done, problems in all)."""
+
+Measure = Callable[[str, int, LayerPQ], float]
+"""Called with a side, a layer's position and its quantizer: the KL divergence of coding it alone, in nats."""
 
 
 @dataclass(frozen=True)
@@ -87,24 +93,6 @@ class TrainSpec:
 
 
 @dataclass(frozen=True)
-class Budget:
-    """Codes chosen a layer and side such that the predicted KL divergence is least.
-
-    choices: the codes to choose from; bits: mean code bits per element over all layers, keys and values;
-    otherwise: what to take where there is no Fisher information to predict from.
-    """
-
-    choices: tuple[CodeSpec, ...]
-    bits: float
-    otherwise: PQSpec
-
-    def __post_init__(self) -> None:
-        least, most = (f(choice.bits_per_element for choice in self.choices) for f in (min, max))
-        if not least <= self.bits <= most:
-            raise UserError(f"bits={self.bits:g}: accepted are {least:g} to {most:g}")
-
-
-@dataclass(frozen=True)
 class TrainedSide:
     """One side, and how well it fits its samples.
 
@@ -128,12 +116,14 @@ def train_codebook(
     calibration: str,
     calibration_sha256: str,
     tokens: int,
+    measure: Measure | None = None,
     progress: Progress | None = None,
 ) -> Codebook:
     """Train both sides from samples [L, Hkv, n, D] (any float dtype; keys after RoPE) and fill in the card.
 
     information: Fisher information of keys and of values, [L, Hkv, D, D] each; needed by the metric `fisher`,
     which becomes `euclidean` without it, as the card says, and by a `Budget`.
+    measure: corrects what a `Budget` predicts, a layer and side at a time.
 
     Raises:
         UserError: samples that do not fit the fingerprint, no samples, or NaN or infinity among them;
@@ -147,31 +137,27 @@ def train_codebook(
         metrics = dict.fromkeys(samples, "euclidean")
         if isinstance(spec, Budget):
             spec = spec.otherwise
+    known = dict(zip(samples, information or (None, None), strict=True))
+    work = _Work(progress)
     if isinstance(spec, Budget):
         if train.scope == "merged":
             raise UserError("bits: layers of one codebook cannot differ; accepted scopes are layer and head")
-        choices = dict.fromkeys(samples, spec.choices)
+        specs = _within(spec, samples, known, metrics, train, measure, work)
     else:
-        choices = {"keys": (spec.keys,), "values": (spec.values,)}
-    total = sum(_problems(train.scope, samples[n], choice) for n in samples for choice in choices[n])
-    trained: dict[str, list[TrainedSide]] = {}
-    before = 0
-    for position, (name, side) in enumerate(samples.items()):
-        rotation = (train.key_rotation, train.value_rotation)[position]
-        known = None if information is None else information[position]
-        metric = known if metrics[name] == "fisher" else None
-        trained[name] = []
-        for choice in choices[name]:
-            transform = fit_transform(rotation, side, choice, train.fit(choice), metric)
-            shifted = _shifted(progress, before, total)
-            trained[name].append(
-                train_quantizer(side, choice, train, transform=transform, information=known, progress=shifted)
-            )
-            before += _problems(train.scope, side, choice)
-    if isinstance(spec, Budget):
-        sides = _within(spec, trained["keys"], trained["values"])
-    else:
-        sides = trained["keys"][0], trained["values"][0]
+        specs = {"keys": (spec.keys,) * len(keys), "values": (spec.values,) * len(values)}
+    parts = {name: _parts(specs[name]) for name in samples}
+    work.expect(
+        _problems(train.scope, SomeLayers(samples[name], at), choice)
+        for name in samples
+        for choice, at in parts[name].items()
+    )
+    sides = []
+    for name, side in samples.items():
+        trained = [
+            (at, _train_part(name, SomeLayers(side, at), at, choice, known[name], metrics[name], train, work))
+            for choice, at in parts[name].items()
+        ]
+        sides.append(_together(trained))
     meta = CodebookMeta(
         fingerprint=fingerprint,
         calibration=calibration,
@@ -256,23 +242,112 @@ def relative_error(x: Tensor, difference: Tensor) -> list[float]:
 
 
 def _within(
-    budget: Budget, keys: list[TrainedSide], values: list[TrainedSide]
-) -> tuple[TrainedSide, TrainedSide]:
-    """The best mix of layers of either side, trained with each choice of the budget, that keeps to it."""
-    L = len(keys[0].error)
+    budget: Budget,
+    samples: dict[str, LayerSamples],
+    information: dict[str, Tensor | None],
+    metrics: dict[str, Metric],
+    train: TrainSpec,
+    measure: Measure | None,
+    work: _Work,
+) -> dict[str, tuple[CodeSpec, ...]]:
+    """The codes of each layer of either side that keep to the budget and promise the least divergence.
+
+    What a choice costs is predicted after a short training on a part of the samples.  The prediction takes
+    errors of tokens as independent of each other and of the gradients, and so is short by a factor which
+    differs by layer and hardly by choice: it is measured for the one with the second fewest bits.
+    """
+    probe = replace(train, **_PROBE)
+    everywhere, everything = range(len(samples["keys"])), range(len(budget.choices))
+    work.expect(_problems(train.scope, side, one) for side in samples.values() for one in budget.choices)
+    costs: list[list[float]] = []  # [2 L][choices], keys first
+    for name, side in samples.items():
+        part = list(layers(Thinned(side, _PROBE_SAMPLES, train.seed)))  # read once for all choices
+        tried = [
+            _train_part(name, part, everywhere, choice, information[name], metrics[name], probe, work)
+            for choice in budget.choices
+        ]
+        predicted = [[sum(one.predicted_kl[i]) for one in tried] for i in everywhere]
+        if measure is not None:
+            j = sorted(everything, key=lambda j: budget.choices[j].bits_per_element)[:2][-1]
+            for i in everywhere:
+                found = measure(name, i, tried[j].quantizer.layer(i))
+                factor = found / predicted[i][j] if found > 0 and predicted[i][j] > 0 else 1.0
+                predicted[i] = [cost * factor for cost in predicted[i]]
+        costs += predicted
     sizes = [choice.M * choice.nbits for choice in budget.choices]
-    costs = [[sum(one.predicted_kl[i]) for one in side] for side in (keys, values) for i in range(L)]
-    chosen = allocate(costs, sizes, math.floor(budget.bits * budget.choices[0].head_dim * len(costs) + 1e-6))
-    mixed = []
-    for side, choices in ((keys, chosen[:L]), (values, chosen[L:])):
-        mixed.append(
-            TrainedSide(
-                mix([one.quantizer for one in side], choices),
-                [side[j].error[i] for i, j in enumerate(choices)],
-                [side[j].predicted_kl[i] for i, j in enumerate(choices)],
-            )
-        )
-    return mixed[0], mixed[1]
+    most = math.floor(budget.bits * budget.choices[0].head_dim * len(costs) + 1e-6)
+    chosen = [budget.choices[j] for j in allocate(costs, sizes, most)]
+    return {"keys": tuple(chosen[: len(everywhere)]), "values": tuple(chosen[len(everywhere) :])}
+
+
+def _parts(specs: Sequence[CodeSpec]) -> dict[CodeSpec, list[int]]:
+    """The positions of the layers that have each of the codes."""
+    parts: dict[CodeSpec, list[int]] = {}
+    for i, spec in enumerate(specs):
+        parts.setdefault(spec, []).append(i)
+    return parts
+
+
+def _train_part(
+    name: str,
+    samples: LayerSamples,
+    positions: Sequence[int],
+    spec: CodeSpec,
+    information: Tensor | None,
+    metric: Metric,
+    train: TrainSpec,
+    work: _Work,
+) -> TrainedSide:
+    """Some layers of the side `name`, with codes of `spec` and the transform that goes with them.
+
+    positions: of the layers [Hkv, n, D] in the information of all, [L, Hkv, D, D].
+    """
+    known = None if information is None else information[list(positions)]
+    rotation = train.key_rotation if name == "keys" else train.value_rotation
+    fitted = known if metric == "fisher" else None
+    transform = fit_transform(rotation, samples, spec, train.fit(spec), fitted)
+    trained = train_quantizer(
+        samples, spec, train, transform=transform, information=known, progress=work.advance
+    )
+    work.finish()
+    return trained
+
+
+def _together(trained: Sequence[tuple[Sequence[int], TrainedSide]]) -> TrainedSide:
+    """One side from its parts, each with the positions of its layers."""
+    errors = {at: e for positions, part in trained for at, e in zip(positions, part.error, strict=True)}
+    predicted = {
+        at: kl
+        for positions, part in trained
+        for at, kl in zip(positions, part.predicted_kl, strict=False)  # empty without information
+    }
+    return TrainedSide(
+        assemble([(positions, part.quantizer) for positions, part in trained]),
+        [errors[at] for at in sorted(errors)],
+        [predicted[at] for at in sorted(predicted)],
+    )
+
+
+class _Work:
+    """Counts k-means problems over several trainings."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+        self._total = self._finished = self._current = 0
+
+    def expect(self, problems: Iterable[int]) -> None:
+        self._total += sum(problems)
+
+    def advance(self, done: int, total: int) -> None:
+        """Of the training that runs: problems done and in all."""
+        self._current = total
+        if self._progress:
+            self._progress(self._finished + done, self._total)
+
+    def finish(self) -> None:
+        """That training is over."""
+        self._finished += self._current
+        self._current = 0
 
 
 def _training_sets(
@@ -314,13 +389,6 @@ def _problems(scope: Scope, samples: LayerSamples, spec: CodeSpec) -> int:
     """Independent k-means problems of one side."""
     L, Hkv = len(samples), samples[0].shape[0]
     return {"merged": 1, "layer": L, "head": L * Hkv}[scope] * spec.M
-
-
-def _shifted(progress: Progress | None, before: int, total: int) -> Progress | None:
-    """`progress` of a part that starts after `before` of `total` problems."""
-    if progress is None:
-        return None
-    return lambda done, _: progress(before + done, total)
 
 
 def _versions(trainer: Trainer) -> dict[str, str]:

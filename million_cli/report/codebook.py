@@ -63,6 +63,10 @@ def exhibit(path: Path) -> Exhibit:
         )
         if key in meta
     )
+
+    def made(name: str) -> list[str]:
+        return [meta[name]] if meta.get(name) else []
+
     return Exhibit(
         section="Error of codebooks",
         name=slug("codebook", path.stem),
@@ -76,7 +80,7 @@ def exhibit(path: Path) -> Exhibit:
         size=(7.4, min(7.5, 1.5 + 0.3 * layers)),
         table=Grid(["", "keys", "values"], lines, [False, True, True]),
         data=data,
-        origin=Origin([str(path)], [], [], [], versions),
+        origin=Origin([str(path)], made("command"), made("commit"), [], versions),
     )
 
 

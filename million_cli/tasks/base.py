@@ -11,6 +11,7 @@ One that says `RESUMABLE = True` also takes `journals` and keeps there what it h
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -41,6 +42,24 @@ class TaskResult:
 
     metrics: Mapping[str, Scalar]
     tables: Mapping[str, Sequence[Mapping[str, Scalar]]] = field(default_factory=dict)
+
+
+def check_task(config: Any, **least: int) -> None:
+    """Raise UserError unless the settings named are None or at least that, and `prefill` is accepted."""
+    prefill = getattr(config, "prefill", "exact")
+    if prefill not in ("quantized", "exact"):
+        raise UserError(f"task.prefill={prefill}: accepted are quantized, exact")
+    for name, smallest in least.items():
+        value = getattr(config, name)
+        if value is not None and value < smallest:
+            raise UserError(f"task.{name}={value}: accepted are integers from {smallest}")
+
+
+def check_extra(who: str, extra: str, modules: Sequence[str]) -> None:
+    """Raise UserError unless the modules of one of the package's extras are installed."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"{who} needs {', '.join(missing)}; pip install 'million[{extra}]' has them")
 
 
 def dense_cache(model: PreTrainedModel) -> DynamicCache:

@@ -26,6 +26,7 @@ from million_cli.tasks.base import (
     Scalar,
     TaskResult,
     check_context,
+    check_task,
     dense_cache,
     longest_context,
     memory_metrics,
@@ -58,11 +59,7 @@ class Config(TextConfig):
     prefill: str = "quantized"
 
     def __post_init__(self) -> None:
-        if self.prefill not in ("quantized", "exact"):
-            raise UserError(f"task.prefill={self.prefill}: accepted are quantized, exact")
-        for name in ("samples", "batch", "new_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"task.{name}={getattr(self, name)}: accepted are integers from 1")
+        check_task(self, samples=1, batch=1, new_tokens=1)
         if not self.depths or self.lengths == []:
             raise UserError("task.lengths and task.depths must not be empty")
 

@@ -34,6 +34,15 @@ def test_paged_equals_contiguous_and_dense_is_exact(job):
     assert "codebook_file" not in found["dense"]
 
 
+def test_folding_changes_the_figures_by_rounding_only(job):
+    plain, folded = metrics(job()), metrics(job("fold=true"))
+    assert "reused_from" not in folded
+    assert folded["kl_e3"] == pytest.approx(plain["kl_e3"], rel=1e-3)
+    assert folded["perplexity_dense"] == pytest.approx(plain["perplexity_dense"], rel=1e-5)
+    assert folded["codebook_file"] == plain["codebook_file"]
+    assert folded["codebook_bytes"] < plain["codebook_bytes"]  # without the values' maps
+
+
 def test_a_result_is_found_again_and_says_so(job, tmp_path, monkeypatch):
     config = job(f"out={tmp_path}")
     first = metrics(config)

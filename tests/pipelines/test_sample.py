@@ -78,8 +78,8 @@ def test_refusals(job, tmp_path):
 
 def test_code_and_repetitions_are_spread_among_the_text(job):
     session = Session(job("sample.repeats=0.2", "sample.code=0.4"))
-    text = pipeline._windows(Session(job("sample.repeats=0", "sample.code=0")))
-    windows = pipeline._windows(session)
+    text = pipeline.calibration_windows(Session(job("sample.repeats=0", "sample.code=0")))
+    windows = pipeline.calibration_windows(session)
     assert len(windows) == 8 + 4 + 8
     rows = [row.tolist() for row in windows]
     assert [row for row in rows if row in text.tolist()] == text.tolist()  # in order

@@ -10,6 +10,7 @@ from million_cli.pipelines import train_codebook as pipeline
 from million_cli.pipelines.session import Session
 from million_cli.pipelines.train_codebook import run_train, train
 from million_cli.pq import Codebook
+from million_cli.results import git_commit, running
 from million_cli.spec import CodeSpec
 
 
@@ -22,6 +23,16 @@ def test_the_codebook_says_where_it_comes_from(job):
     assert (codebook.meta.seed, codebook.meta.tokens, codebook.meta.samples) == (4, 3328, 512)
     assert codebook.keys.specs == (CodeSpec(32, 16, 3),) * 2
     assert (codebook.keys.scope, codebook.meta.trainer) == ("head", "torch")
+    assert (codebook.meta.command, codebook.meta.commit) == ("", git_commit())  # nobody gave a command
+
+
+def test_the_codebook_names_the_command_that_made_it(job, tmp_path):
+    token = running.set("million train-codebook x=1")
+    try:
+        codebook = Codebook.load(train(Session(job(f"out={tmp_path}"))))
+    finally:
+        running.reset(token)
+    assert codebook.meta.command == "million train-codebook x=1"
 
 
 def test_a_trained_codebook_is_found_again(job, monkeypatch):
@@ -57,7 +68,8 @@ def test_quantizers_differ_as_configured(job):
             codebook.meta.key_metric,
         )
     keys, values, *rest = shapes.pop("pq-3bit")
-    assert sorted([*(M for _, M in keys), *values]) == [8, 8, 16, 16]
+    assert sum([*(M for _, M in keys), *values]) == 48  # of 32 dimensions each: 1.125 bits an element
+    assert len({*(M for _, M in keys), *values}) > 1
     assert rest == [1.125, "fisher"]
     assert shapes == {
         "million-paper": ([(1, 16)], [16, 16], 1.5, "euclidean"),
@@ -81,3 +93,11 @@ def test_refusals(job):
         train(Session(job("quantizer.keys.M=5")))
     with pytest.raises(UserError, match="dsub=3 does not divide head_dim=32"):
         train(Session(job("quantizer.keys.dsub=3")))
+    with pytest.raises(UserError, match=r"bits=4: accepted are 0\.375 to 3"):
+        train(Session(job("quantizer.bits=4")))
+    with pytest.raises(UserError, match=r"quantizer\.keys\.M=8: quantizer\.bits=1 chooses it by layer"):
+        job("quantizer.bits=1", "quantizer.keys.M=8")
+    with pytest.raises(UserError, match=r"values\.nbits=4: accepted with quantizer\.bits is that of keys, 3"):
+        job("quantizer.bits=1", "quantizer.values.nbits=4")
+    with pytest.raises(UserError, match=r"quantizer\.widths=\[\]"):
+        job("quantizer.bits=1", "quantizer.widths=[]")

@@ -40,13 +40,13 @@ def test_no_choice_within_the_budget_costs_less(costs, sizes, budget):
     assert sum(costs[i][j] for i, j in enumerate(found)) == best
 
 
-def train(bits, weights, scope="head"):
+def train(bits, weights, scope="head", **options):
     """A codebook within `bits`, of noise whose errors weigh `weights` [2][L] (keys, values; by layer)."""
     x = torch.randn(2, L, HKV, N, D, generator=torch.Generator().manual_seed(0))
     F = torch.tensor(weights)[..., None, None, None] * torch.eye(D).expand(2, L, HKV, D, D)
     budget = Budget((WIDE, NARROW), bits, otherwise=PQSpec(WIDE, NARROW))
     settings = TrainSpec(**{**FISHER.__dict__, "scope": scope})
-    codebook = train_codebook(*x, budget, FINGERPRINT, settings, information=(F[0], F[1]), **CARD)
+    codebook = train_codebook(*x, budget, FINGERPRINT, settings, information=(F[0], F[1]), **options, **CARD)
     return x, codebook
 
 
@@ -66,6 +66,33 @@ def test_the_bits_go_where_errors_weigh_most(scope):
                 (1, 2)
             )
             torch.testing.assert_close(torch.tensor(errors[i]), expected, rtol=1e-4, atol=0)
+
+
+def test_what_is_measured_corrects_what_is_predicted():
+    asked = []
+
+    def measure(side, layer, pq):
+        asked.append((side, layer, pq.spec))
+        return 1.0 if (side, layer) == ("values", 1) else 0.001
+
+    _, codebook = train(1.25 * 7 / 6, [[1.0, 9.0, 2.0], [1.0, 1.0, 8.0]], measure=measure)
+    assert asked == [(side, i, WIDE) for side in ("keys", "values") for i in range(L)]
+    assert [spec.M for spec in codebook.keys.specs] == [2, 2, 2]
+    assert [spec.M for spec in codebook.values.specs] == [2, 4, 2]
+
+
+def test_a_layer_that_measures_nothing_is_left_as_predicted():
+    _, codebook = train(1.25 * 7 / 6, [[1.0, 9.0, 2.0], [1.0, 1.0, 8.0]], measure=lambda *_: 0.0)
+    assert [spec.M for spec in codebook.keys.specs] == [2, 4, 2]
+
+
+def test_the_work_is_announced_and_done():
+    seen = []
+    train(2.0, [[1.0] * L] * 2, progress=lambda done, total: seen.append((done, total)))
+    probes = 2 * L * HKV * (WIDE.M + NARROW.M)
+    assert seen[0][1] == probes
+    assert seen[-1][0] == seen[-1][1] > probes
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
 @settings(max_examples=5, deadline=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -162,9 +163,11 @@ def codebook(tmp_path_factory: pytest.TempPathFactory) -> Path:
     heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
     model = random_model({**shape, **heads}, seed=0, dtype="float32")
     path = tmp_path_factory.mktemp("codebook") / "mine.safetensors"
-    million_cli.train_codebook(
+    trained = million_cli.train_codebook(
         model, byte_tokenizer(), synthetic_text(1, 1500), M=8, nbits=4, samples=256, context_tokens=128
-    ).save(path)
+    )
+    meta = replace(trained.meta, command="million train-codebook", commit="abc123")
+    replace(trained, meta=meta).save(path)
     return path
 
 

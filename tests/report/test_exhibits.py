@@ -125,6 +125,7 @@ def test_errors_of_a_codebook_by_layer_and_head(codebook):
     places = [(row["layer"], row["head"]) for row in exhibit.data]
     assert places == [("0", "0"), ("0", "1"), ("1", "0"), ("1", "1")]
     assert exhibit.table.rows[0] == ["bits an element", "2", "2"]
+    assert (exhibit.origin.commands, exhibit.origin.commits) == (["million train-codebook"], ["abc123"])
     worst = max(e for line in meta.value_error for e in line)
     assert exhibit.table.rows[-1][2] == f"{worst:.4f}"
 

@@ -7,7 +7,6 @@ one forward pass without a cache, which quantization of a cache cannot touch.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import logging
 from collections.abc import Iterator, Mapping
@@ -26,6 +25,8 @@ from million_cli.tasks.base import (
     Scalar,
     TaskResult,
     check_context,
+    check_extra,
+    check_task,
     dense_cache,
     longest_context,
     memory_of_prompt,
@@ -65,12 +66,7 @@ class Config:
     unsafe_code: bool = False
 
     def __post_init__(self) -> None:
-        if self.prefill not in ("quantized", "exact"):
-            raise UserError(f"task.prefill={self.prefill}: accepted are quantized, exact")
-        for name, least in (("limit", 1), ("num_fewshot", 0), ("batch", 1), ("max_length", 2)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"task.{name}={value}: accepted are integers from {least}")
+        check_task(self, limit=1, num_fewshot=0, batch=1, max_length=2)
 
 
 @dataclass(frozen=True)
@@ -92,9 +88,7 @@ def load(config: Config) -> Material:
     """
     if not config.tasks:
         raise UserError("task.tasks is empty: name a task of the harness, as in task=lm_eval/gsm8k")
-    missing = [name for name in ("lm_eval", "accelerate") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"task=lm_eval needs {', '.join(missing)}; pip install 'million[lm-eval]' has them")
+    check_extra("task=lm_eval", "lm-eval", ("lm_eval", "accelerate"))
     if config.path is not None and not Path(config.path).is_dir():
         raise UserError(f"task.path={config.path}: no such folder of task definitions")
     from lm_eval.tasks import TaskManager

@@ -7,7 +7,6 @@ token of an answer, often all that matters, is then computed from codes too.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +27,8 @@ from million_cli.tasks.base import (
     Scalar,
     TaskResult,
     check_context,
+    check_extra,
+    check_task,
     dense_cache,
     longest_context,
     memory_of_prompt,
@@ -70,12 +71,7 @@ class Config:
     chat: bool = True
 
     def __post_init__(self) -> None:
-        if self.prefill not in ("quantized", "exact"):
-            raise UserError(f"task.prefill={self.prefill}: accepted are quantized, exact")
-        for name, least in (("samples", 1), ("max_length", 2), ("new_tokens", 1), ("batch", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"task.{name}={value}: accepted are integers from {least}")
+        check_task(self, samples=1, max_length=2, new_tokens=1, batch=1)
         for task in self.selected:
             if task not in DATASETS:
                 raise UserError(f"task.tasks={task}: accepted are {', '.join(DATASETS)}")
@@ -109,9 +105,7 @@ def load(config: Config) -> Samples:
     Raises:
         UserError: a library of the extra `longbench` is missing, or see `data.read`.
     """
-    missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"LongBench needs {', '.join(missing)}; pip install 'million[longbench]' has them")
+    check_extra("LongBench", "longbench", LIBRARIES)
     return data.read(config.path, config.selected, config.samples)
 
 
