@@ -11,6 +11,8 @@
 //           other pair of heads are permuted by ^ 2, so that each lane finds two scores of one head, or of two for HG = 8.
 //   values  A = values, rows = dims or subspaces, k = tokens; columns of B hold the probabilities of one lane slot t
 //           each (the slots order their subspaces differently), and the slots are added once at the end.
+// An entry of 8 or 16 bytes (4 or 8 dims a code) fills registers of two or four instructions or halves of them; of
+// codes of one dim two lookups make a word (layout.cuh), which then serves as one of two dims does.
 // Codes pass through a ring in shared memory, a warp's own.
 // Probabilities are fp16 scaled by up to 2^15.
 #pragma once
@@ -106,8 +108,9 @@ struct MmaBlock : DecodeBlock<T> {
   static constexpr int kColumns = T::kPairs ? HG / 2 : 1;
   static constexpr int kHeadMask = T::kPairs ? 16 : 18;  // with 4 and 9: lanes that share a head differ by these
 
-  // First and second unit of score instruction i (dsub 2).  To be swapped, the second is in the other half of the banks.
-  static constexpr bool kSwap = T::kPairs && K::kDsub == 2;
+  // First and second unit of score instruction i (entries of a word).  To be swapped, the second is in the other half of
+  // the banks.
+  static constexpr bool kSwap = T::kPairs && K::kEntryWords == 1;
   __device__ static constexpr int first_unit(int i) { return kSwap ? i % 4 + 8 * (i / 4) : i; }
   __device__ static constexpr int second_unit(int i) { return kSwap ? first_unit(i) + 4 : i + T::kTiles; }
 
@@ -122,7 +125,7 @@ struct MmaBlock : DecodeBlock<T> {
     float offset[kMine];  // log2 of the unit of the probabilities of the lane's heads
     float denominator[kMine];
   };
-  static constexpr int kKeyOffsets = K::kDsub == 2 ? 8 : 4;
+  static constexpr int kKeyOffsets = K::kMask + 1;
   static constexpr int kValueOffsets = V::kMask + 1;
 
   __device__ __forceinline__ void load_operand(Walk& walk) const {
@@ -138,8 +141,9 @@ struct MmaBlock : DecodeBlock<T> {
       for (int i = 0; i < T::kTiles; ++i)
 #pragma unroll
         for (int high = 0; high < 2; ++high) {
-          const int word = K::kDsub == 2 ? K::subspace(high ? second_unit(i) : first_unit(i), order, t)
-                                         : 2 * K::subspace(i, order, t) + high;
+          const int word = K::kEntryWords == 1   ? K::entry(high ? second_unit(i) : first_unit(i), order, t)
+                           : K::kEntryWords == 2 ? 2 * K::entry(i, order, t) + high
+                                                 : 4 * K::entry(i / 2, order, t) + 2 * (i & 1) + high;
           walk.query[c][2 * i + high] = q_words[hg * D / 2 + word];
         }
     }
@@ -149,15 +153,18 @@ struct MmaBlock : DecodeBlock<T> {
                                         const RowOffsets<kKeyOffsets>& offsets) const {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) scores[c][0] = scores[c][1] = scores[c][2] = scores[c][3] = 0.f;
+    uint4 wide[2];  // entries of 16 bytes, which serve two instructions
 #pragma unroll
     for (int i = 0; i < T::kTiles; ++i) {
       uint32_t a[4];
-      if constexpr (K::kDsub == 2) {
+      if constexpr (K::kEntryWords == 1) {
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
           const int x = r & 2 ? second_unit(i) : first_unit(i);
           const int at = K::byte(x, r & 1);
           a[r] = word(offsets.address(codes[at / 4], at % 4, x & 7) + (x >> 3) * 128);
+          if constexpr (K::kPacked == 2)  // the word of the upper half's code
+            a[r] = __byte_perm(a[r], word(offsets.address(codes[at / 4], at % 4 + 1, x & 7) + (x >> 3) * 128), 0x7610);
         }
         if constexpr (kSwap) {  // lanes of rows 4-7 looked the units up in the other order
           const bool swap = g & 4;
@@ -165,12 +172,24 @@ struct MmaBlock : DecodeBlock<T> {
           a[0] = swap ? a[2] : a0, a[1] = swap ? a[3] : a1;
           a[2] = swap ? a0 : a[2], a[3] = swap ? a1 : a[3];
         }
-      } else {
+      } else if constexpr (K::kEntryWords == 2) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int at = K::byte(i, half);
           const uint2 entry = pair(offsets.address(codes[at / 4], at % 4, i & 3) + (i >> 2) * 128);
           a[half] = entry.x, a[half + 2] = entry.y;
+        }
+      } else {
+        if (i % 2 == 0)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int at = K::byte(i / 2, half);
+            wide[half] = quad(offsets.address(codes[at / 4], at % 4, i / 2 & 1) + (i >> 2) * 128);
+          }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          a[half] = i % 2 ? wide[half].z : wide[half].x;
+          a[half + 2] = i % 2 ? wide[half].w : wide[half].y;
         }
       }
 #pragma unroll
@@ -257,16 +276,18 @@ struct MmaBlock : DecodeBlock<T> {
       }
 #pragma unroll
       for (int x = 0; x < V::kUnits; ++x) {
-        uint32_t low[4], high[4];
-        lookup_values(low, high, codes[x], offsets, x);
+        uint32_t entries[V::kEntryWords][4], upper[V::kEntryWords][4];
+        lookup_values(entries, codes[V::kPacked * x], offsets, x);
+        if constexpr (V::kPacked == 2) lookup_values(upper, codes[2 * x + 1], offsets, x);
 #pragma unroll
-        for (int w = 0; w < V::kDsub / 2; ++w) {
-          const uint32_t* e = w ? high : low;
-          const uint32_t a0 = __byte_perm(e[0], e[1], 0x5410), a1 = __byte_perm(e[0], e[1], 0x7632);
-          const uint32_t a2 = __byte_perm(e[2], e[3], 0x5410), a3 = __byte_perm(e[2], e[3], 0x7632);
+        for (int w = 0; w < V::kEntryWords; ++w) {
+          const uint32_t* e = entries[w];
+          const uint32_t* f = V::kPacked == 2 ? upper[w] : e;
+          const uint32_t a0 = __byte_perm(e[0], e[1], 0x5410), a1 = __byte_perm(f[0], f[1], 0x7632);
+          const uint32_t a2 = __byte_perm(e[2], e[3], 0x5410), a3 = __byte_perm(f[2], f[3], 0x7632);
 #pragma unroll
           for (int i = 0; i < HG / 2; ++i)
-            mma(walk.sums[i * T::kTiles + x * (V::kDsub / 2) + w], a0, a1, a2, a3, b[i][0], b[i][1]);
+            mma(walk.sums[i * T::kTiles + x * V::kEntryWords + w], a0, a1, a2, a3, b[i][0], b[i][1]);
         }
       }
     } else {
@@ -276,14 +297,30 @@ struct MmaBlock : DecodeBlock<T> {
       const uint32_t take_low = g & 1 ? 0x1044 : 0x4410, take_high = g & 1 ? 0x3244 : 0x4432;
       const uint32_t b00 = __byte_perm(even, 0, take_low), b01 = __byte_perm(odd, 0, take_low);
       const uint32_t b10 = __byte_perm(even, 0, take_high), b11 = __byte_perm(odd, 0, take_high);
-      constexpr int kUnitsPerTile = V::kDsub == 2 ? 2 : 1;
+      // A tile is two words of an entry, or of two.
+      constexpr int kUnitsPerStep = V::kEntryWords == 1 ? 2 : 1, kTilesPerStep = V::kEntryWords == 4 ? 2 : 1;
 #pragma unroll
-      for (int tile = 0; tile < T::kSums; ++tile) {
-        uint32_t low[4], high[4], rest[4];
-        lookup_values(low, high, codes[tile * kUnitsPerTile], offsets, tile * kUnitsPerTile);
-        if constexpr (V::kDsub == 2) lookup_values(high, rest, codes[tile * 2 + 1], offsets, tile * 2 + 1);
-        mma(walk.sums[tile], low[0], high[0], low[1], high[1], b00, b01);
-        mma(walk.sums[tile], low[2], high[2], low[3], high[3], b10, b11);
+      for (int step = 0; step < T::kSums / kTilesPerStep; ++step) {
+        uint32_t words[kUnitsPerStep * V::kEntryWords][4];
+#pragma unroll
+        for (int i = 0; i < kUnitsPerStep; ++i) {
+          const int x = step * kUnitsPerStep + i;
+          auto& entries = reinterpret_cast<uint32_t(&)[V::kEntryWords][4]>(words[i * V::kEntryWords]);
+          lookup_values(entries, codes[V::kPacked * x], offsets, x);
+          if constexpr (V::kPacked == 2) {
+            uint32_t upper[1][4];
+            lookup_values(upper, codes[2 * x + 1], offsets, x);
+#pragma unroll
+            for (int a = 0; a < 4; ++a) entries[0][a] = __byte_perm(entries[0][a], upper[0][a], 0x7610);
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < kTilesPerStep; ++i) {
+          const uint32_t *low = words[2 * i], *high = words[2 * i + 1];
+          float(&sums)[4] = walk.sums[step * kTilesPerStep + i];
+          mma(sums, low[0], high[0], low[1], high[1], b00, b01);
+          mma(sums, low[2], high[2], low[3], high[3], b10, b11);
+        }
       }
     }
   }
@@ -323,8 +360,8 @@ struct MmaBlock : DecodeBlock<T> {
 
     Walk walk;
     load_operand(walk);
-    const RowOffsets<kKeyOffsets> key_offsets([&](int x) { return K::kEntryBytes * K::subspace(x, g, t); });
-    const RowOffsets<kValueOffsets> value_offsets([&](int x) { return V::kEntryBytes * V::subspace(x, g, t); });
+    const RowOffsets<kKeyOffsets> key_offsets([&](int x) { return K::kEntryBytes * K::entry(x, g, t); });
+    const RowOffsets<kValueOffsets> value_offsets([&](int x) { return V::kEntryBytes * V::entry(x, g, t); });
 #pragma unroll
     for (int i = 0; i < T::kSums; ++i) walk.sums[i][0] = walk.sums[i][1] = walk.sums[i][2] = walk.sums[i][3] = 0.f;
     int token = (first + warp) * kGroupTokens;
@@ -336,6 +373,7 @@ struct MmaBlock : DecodeBlock<T> {
 #pragma unroll 1
     for (int round = 0; round < rounds; ++round) {
       cp_async_wait<T::STAGES - 2>();
+      if constexpr (T::STAGES == 2) ask(round + 1);  // whose place was read in the round before
       uint32_t key_codes[K::kLaneBytes / 4];
       load_codes<K>(key_codes, ring + read);
       float scores[kColumns][4];
@@ -343,7 +381,7 @@ struct MmaBlock : DecodeBlock<T> {
       accumulate(walk, value_codes, probabilities, value_offsets);
       load_codes<V>(value_codes, ring + read + K::kGroupBytes);
       read = read == T::kVector ? 0 : read + T::kStageBytes;
-      ask(round + T::STAGES - 1);
+      if constexpr (T::STAGES > 2) ask(round + T::STAGES - 1);
       soften(probabilities, scores, walk, token, s.first_valid);
       token += T::WARPS * kGroupTokens;
     }
@@ -357,7 +395,7 @@ struct MmaBlock : DecodeBlock<T> {
   // One group of codes, by the warp: each lane the chunks that it will read.  32 bits count 32 GiB of a pool.
   template <int BYTES>
   __device__ __forceinline__ void copy_group(uint8_t* stage, const uint8_t* pool, uint32_t group) const {
-    constexpr int kPiece = BYTES < 512 ? 8 : 16, kPieces = BYTES / kPiece;
+    constexpr int kPiece = BYTES < 512 ? BYTES / 32 : 16, kPieces = BYTES / kPiece;
 #pragma unroll
     for (int c = 0; c < kPieces; c += 32)
       cp_async<kPiece>(stage + (c + lane) * kPiece, pool + uint64_t(group * kPieces + c + lane) * kPiece);
@@ -371,9 +409,11 @@ struct MmaBlock : DecodeBlock<T> {
         const uint4 piece = *reinterpret_cast<const uint4*>(stage + (c * 32 + lane) * 16);
         codes[4 * c] = piece.x, codes[4 * c + 1] = piece.y, codes[4 * c + 2] = piece.z, codes[4 * c + 3] = piece.w;
       }
-    } else {
+    } else if constexpr (Order::kChunk == 8) {
       const uint2 piece = *reinterpret_cast<const uint2*>(stage + lane * 8);
       codes[0] = piece.x, codes[1] = piece.y;
+    } else {
+      codes[0] = *reinterpret_cast<const uint32_t*>(stage + lane * 4);
     }
   }
 
@@ -383,27 +423,34 @@ struct MmaBlock : DecodeBlock<T> {
   __device__ __forceinline__ uint2 pair(uint32_t address) const {
     return *reinterpret_cast<const uint2*>(tables + address);
   }
+  __device__ __forceinline__ uint4 quad(uint32_t address) const {
+    return *reinterpret_cast<const uint4*>(tables + address);
+  }
 
-  // Entries of unit x for the lane's four tokens: `low` dims 0 and 1, `high` dims 2 and 3 (dsub 4 only).
-  __device__ __forceinline__ void lookup_values(uint32_t (&low)[4], uint32_t (&high)[4], uint32_t codes,
+  // Words of the entries of unit x for the lane's four tokens.
+  __device__ __forceinline__ void lookup_values(uint32_t (&words)[V::kEntryWords][4], uint32_t codes,
                                                 const RowOffsets<V::kMask + 1>& offsets, int x) const {
 #pragma unroll
     for (int a = 0; a < 4; ++a) {
       const uint32_t address = offsets.address(codes, a, x & V::kMask) + T::kValueTable + (x / (V::kMask + 1)) * 128;
-      if constexpr (V::kDsub == 2) {
-        low[a] = word(address);
-      } else {
+      if constexpr (V::kEntryWords == 1) {
+        words[0][a] = word(address);
+      } else if constexpr (V::kEntryWords == 2) {
         const uint2 entry = pair(address);
-        low[a] = entry.x, high[a] = entry.y;
+        words[0][a] = entry.x, words[1][a] = entry.y;
+      } else {
+        const uint4 entry = quad(address);
+        words[0][a] = entry.x, words[1][a] = entry.y, words[2][a] = entry.z, words[3][a] = entry.w;
       }
     }
   }
 
-  // Adds the slots and writes this warp's row of sums; unit y of slot t is held as unit y ^ t.
+  // Adds the slots and writes this warp's row of sums; unit y of slot t is held as unit y ^ t, or entry e by the lanes of
+  // row e ^ 2t (ValueOrder::kTurned).
   __device__ void store_rows(const Walk& walk) {
     float* row = scratch[warp];
     const auto& sums = walk.sums;
-    constexpr int kMask = V::kMask, kWords = V::kDsub / 2;
+    constexpr int kMask = V::kMask, kWords = V::kEntryWords;
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {
       float denominator = walk.denominator[i];
@@ -413,7 +460,28 @@ struct MmaBlock : DecodeBlock<T> {
       const int head = my_head() + 4 * i;
       if (g == 0 && head < HG) state.row_max[warp][head] = walk.offset[i], state.row_sum[warp][head] = denominator;
     }
-    if constexpr (T::kPairs) {
+    if constexpr (V::kTurned && T::kPairs) {
+      // Lane t has slots 2 * (t & 1) and the next one of head 2 * pair + (t >> 1).
+#pragma unroll
+      for (int i = 0; i < HG / 2 * T::kTiles; ++i)
+#pragma unroll
+        for (int dim = 0; dim < 2; ++dim) {
+          const float both = sums[i][2 * dim] + __shfl_xor_sync(kFull, sums[i][2 * dim + 1], 8);
+          const float total = both + __shfl_xor_sync(kFull, both, 17);
+          const int hg = 2 * (i / T::kTiles) + (t >> 1), word = i % T::kTiles, x = word / kWords;
+          if ((t & 1) == dim) row[hg * D + V::kEntryDims * V::entry(x, g, 2 * (t & 1)) + 2 * (word % kWords) + dim] = total;
+        }
+    } else if constexpr (V::kTurned) {
+#pragma unroll
+      for (int i = 0; i < 2 * T::kSums; ++i)  // words
+#pragma unroll
+        for (int dim = 0; dim < 2; ++dim) {
+          float total = sums[i / 2][2 * (i % 2) + dim];
+          total += __shfl_xor_sync(kFull, total, 9);
+          total += __shfl_xor_sync(kFull, total, 18);
+          if (t == i % 4) row[V::kEntryDims * V::entry(i / kWords, g, t) + 2 * (i % kWords) + dim] = total;
+        }
+    } else if constexpr (T::kPairs) {
 #pragma unroll
       for (int pair_index = 0; pair_index < HG / 2; ++pair_index)
 #pragma unroll
@@ -432,7 +500,7 @@ struct MmaBlock : DecodeBlock<T> {
               // Lane t has slots 2 * (t & 1) and the next one of head 2 * pair + (t >> 1).
               const int y = z ^ (2 * (t & 1) & kMask);
               const int hg = 2 * pair_index + (t >> 1);
-              if (kMask == 3 || !(t & 1)) row[hg * D + V::kDsub * V::subspace(y, g, 0) + 2 * w + dim] = total;
+              if (kMask == 3 || !(t & 1)) row[hg * D + V::kEntryDims * V::entry(y, g, 0) + 2 * w + dim] = total;
             }
           }
     } else {
@@ -440,7 +508,7 @@ struct MmaBlock : DecodeBlock<T> {
       for (int w = 0; w < kWords; ++w)
 #pragma unroll
         for (int dim = 0; dim < 2; ++dim) {
-          auto sum = [&](int z) { return V::kDsub == 2 ? sums[z / 2][2 * (z & 1) + dim] : sums[z][2 * w + dim]; };
+          auto sum = [&](int z) { return kWords == 1 ? sums[z / 2][2 * (z & 1) + dim] : sums[z][2 * w + dim]; };
           float once[V::kUnits];
 #pragma unroll
           for (int z = 0; z < V::kUnits; ++z) once[z] = sum(z) + __shfl_xor_sync(kFull, sum(z ^ (1 & kMask)), 1);
@@ -448,7 +516,7 @@ struct MmaBlock : DecodeBlock<T> {
           for (int z = 0; z < V::kUnits; z += kMask + 1) {
             const float total = once[z] + __shfl_xor_sync(kFull, once[z ^ (2 & kMask)], 2);
             const int y = z ^ (t & kMask);
-            row[V::kDsub * V::subspace(y, g, 0) + 2 * w + dim] = total;
+            row[V::kEntryDims * V::entry(y, g, 0) + 2 * w + dim] = total;
           }
         }
     }

@@ -1,6 +1,7 @@
-// Launchers of the encoding kernels.
+// Launcher of the encoding kernels.
 #include "encode.cuh"
 #include "encode_grid.cuh"
+#include "encode_sorted.cuh"
 #include "launch.h"
 
 namespace million {
@@ -30,10 +31,11 @@ int tokens_of_block(int heads, int tokens, int multiprocessors) {
   return chunk;
 }
 
-template <class T>
-cudaError_t through_grids(const EncodeParams& params, cudaStream_t stream) {
+// Launches the kernel of T, whose tables `prepare` makes, for chunks of tokens.
+template <class T, class Prepare>
+cudaError_t in_chunks(void (*kernel)(EncodeParams, int), const EncodeParams& params, cudaStream_t stream, Prepare prepare) {
   constexpr size_t kShared = sizeof(typename T::Shared);
-  if (const cudaError_t error = allow_shared(grid_encode_kernel<T>, kShared); error != cudaSuccess) return error;
+  if (const cudaError_t error = allow_shared(kernel, kShared); error != cudaSuccess) return error;
   int device, multiprocessors;
   if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
   if (const cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
@@ -41,46 +43,45 @@ cudaError_t through_grids(const EncodeParams& params, cudaStream_t stream) {
     return error;
   const int heads = params.batch * params.pages.kv_heads;
   const int chunk = tokens_of_block<T>(heads, params.tokens, multiprocessors);
-  grid_kernel<T::M><<<params.quantizer.centroid_heads * T::M, kGridThreads, 0, stream>>>(params.quantizer.centroids,
-                                                                                          params.grids);
+  prepare(params.quantizer.centroid_heads * T::M);
   const dim3 grid(T::kBlocks, (params.tokens + chunk - 1) / chunk, heads);
-  grid_encode_kernel<T><<<grid, T::kThreads, kShared, stream>>>(params, chunk);
+  kernel<<<grid, T::kThreads, kShared, stream>>>(params, chunk);
   return cudaGetLastError();
 }
 
 template <int D, int M, bool BF16>
 cudaError_t encode(const EncodeParams& params, cudaStream_t stream) {
+  const float* centroids = params.quantizer.centroids;
   if constexpr (D == 2 * M) {
-    if (params.grids.lists != nullptr) return through_grids<GridEncode<D, M, BF16>>(params, stream);
+    using T = GridEncode<D, M, BF16>;
+    if (params.grids.lists != nullptr)
+      return in_chunks<T>(grid_encode_kernel<T>, params, stream, [&](int subspaces) {
+        grid_kernel<M><<<subspaces, kGridThreads, 0, stream>>>(centroids, params.grids);
+      });
+  }
+  if constexpr (D == M) {
+    using T = SortedEncode<D, BF16>;
+    if (params.sorted.values != nullptr)
+      return in_chunks<T>(sorted_encode_kernel<T>, params, stream, [&](int subspaces) {
+        sort_kernel<<<subspaces, kCentroids, 0, stream>>>(centroids, params.sorted);
+      });
   }
   return scan<Encode<D, M, BF16>>(params, stream);
 }
 
-template <bool BF16>
-cudaError_t encode_shape(const EncodeParams& params, int head_dim, int m, cudaStream_t stream) {
-  if (head_dim == 128 && m == 64) return encode<128, 64, BF16>(params, stream);
-  if (head_dim == 128 && m == 32) return encode<128, 32, BF16>(params, stream);
-  if (head_dim == 64 && m == 32) return encode<64, 32, BF16>(params, stream);
-  if (head_dim == 64 && m == 16) return encode<64, 16, BF16>(params, stream);
+template <int D, bool BF16>
+cudaError_t encode_codes(const EncodeParams& params, int m, cudaStream_t stream) {
+  if (m == D) return encode<D, D, BF16>(params, stream);
+  if (m == D / 2) return encode<D, D / 2, BF16>(params, stream);
+  if (m == D / 4) return encode<D, D / 4, BF16>(params, stream);
+  if (m == D / 8) return encode<D, D / 8, BF16>(params, stream);
   return cudaErrorInvalidValue;
 }
 
-template <int D, int MK, int MV>
-cudaError_t append(const AppendParams& params, cudaStream_t stream) {
-  using K = Append<D, MK>;
-  using V = Append<D, MV>;
-  const dim3 grid(params.batch * params.keys.pages.kv_heads, K::kBlocks + V::kBlocks);
-  append_kernel<K, V><<<grid, K::kThreads, 0, stream>>>(params);
-  return cudaGetLastError();
-}
-
-template <int D>
-cudaError_t append_codes(const AppendParams& params, int m_keys, int m_values, cudaStream_t stream) {
-  constexpr int kFine = D / 2, kCoarse = D / 4;
-  if (m_keys == kFine && m_values == kFine) return append<D, kFine, kFine>(params, stream);
-  if (m_keys == kFine && m_values == kCoarse) return append<D, kFine, kCoarse>(params, stream);
-  if (m_keys == kCoarse && m_values == kFine) return append<D, kCoarse, kFine>(params, stream);
-  if (m_keys == kCoarse && m_values == kCoarse) return append<D, kCoarse, kCoarse>(params, stream);
+template <bool BF16>
+cudaError_t encode_shape(const EncodeParams& params, int head_dim, int m, cudaStream_t stream) {
+  if (head_dim == 128) return encode_codes<128, BF16>(params, m, stream);
+  if (head_dim == 64) return encode_codes<64, BF16>(params, m, stream);
   return cudaErrorInvalidValue;
 }
 
@@ -89,12 +90,6 @@ cudaError_t append_codes(const AppendParams& params, int m_keys, int m_values, c
 cudaError_t launch_encode(const EncodeParams& params, int head_dim, int m, cudaStream_t stream) {
   if (params.dtype == Dtype::kHalf) return encode_shape<false>(params, head_dim, m, stream);
   return encode_shape<true>(params, head_dim, m, stream);
-}
-
-cudaError_t launch_append(const AppendParams& params, int head_dim, int m_keys, int m_values, cudaStream_t stream) {
-  if (head_dim == 128) return append_codes<128>(params, m_keys, m_values, stream);
-  if (head_dim == 64) return append_codes<64>(params, m_keys, m_values, stream);
-  return cudaErrorInvalidValue;
 }
 
 }  // namespace million

@@ -5,14 +5,21 @@ namespace million {
 
 namespace {
 
+template <int D, int MK, int HG>
+cudaError_t decode_values(const PagedDecodeParams& params, DecodeShape s, cudaStream_t stream) {
+  if (s.m_values == D) return paged_decode<D, MK, D, HG>(params, stream);
+  if (s.m_values == D / 2) return paged_decode<D, MK, D / 2, HG>(params, stream);
+  if (s.m_values == D / 4) return paged_decode<D, MK, D / 4, HG>(params, stream);
+  if (s.m_values == D / 8) return paged_decode<D, MK, D / 8, HG>(params, stream);
+  return cudaErrorInvalidValue;
+}
+
 template <int D, int HG>
 cudaError_t decode_codes(const PagedDecodeParams& params, DecodeShape s, cudaStream_t stream) {
-  constexpr int kFine = D / 2, kCoarse = D / 4;
-  if (s.m_keys == kFine && s.m_values == kFine) return paged_decode<D, kFine, kFine, HG>(params, stream);
-  if (s.m_keys == kFine && s.m_values == kCoarse) return paged_decode<D, kFine, kCoarse, HG>(params, stream);
-  if (s.m_keys == kCoarse && s.m_values == kFine) return paged_decode<D, kCoarse, kFine, HG>(params, stream);
-  if (s.m_keys == kCoarse && s.m_values == kCoarse)
-    return paged_decode<D, kCoarse, kCoarse, HG>(params, stream);
+  if (s.m_keys == D) return decode_values<D, D, HG>(params, s, stream);
+  if (s.m_keys == D / 2) return decode_values<D, D / 2, HG>(params, s, stream);
+  if (s.m_keys == D / 4) return decode_values<D, D / 4, HG>(params, s, stream);
+  if (s.m_keys == D / 8) return decode_values<D, D / 8, HG>(params, s, stream);
   return cudaErrorInvalidValue;
 }
 
@@ -20,8 +27,7 @@ template <int D>
 cudaError_t decode_heads(const PagedDecodeParams& params, DecodeShape s, cudaStream_t stream) {
   if (s.heads == 1) return decode_codes<D, 1>(params, s, stream);
   if (s.heads == 4) return decode_codes<D, 4>(params, s, stream);
-  if constexpr (D == 128)
-    if (s.heads == 8) return decode_codes<D, 8>(params, s, stream);
+  if (s.heads == 8) return decode_codes<D, 8>(params, s, stream);
   return cudaErrorInvalidValue;
 }
 

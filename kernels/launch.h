@@ -11,7 +11,7 @@ namespace million {
 
 // Shape of a decode: what selects the instantiation.
 struct DecodeShape {
-  int head_dim, m_keys, m_values, heads;  // heads: query heads of a block, 1, 4 or (D = 128) 8
+  int head_dim, m_keys, m_values, heads;  // heads: query heads of a block, 1, 4 or 8
 };
 
 cudaError_t launch_paged_decode(const PagedDecodeParams& params, DecodeShape shape, cudaStream_t stream);
