@@ -84,6 +84,21 @@ struct Encode {
   };
 };
 
+// Points of one subspace in rows of shared memory.
+template <int DSUB, int PITCH>
+struct TilePoints {
+  const float* first;
+  __device__ __forceinline__ Point<DSUB> operator()(int row) const {
+    Point<DSUB> point;
+#pragma unroll
+    for (int j = 0; j < DSUB; ++j) point.x[j] = first[row * PITCH + j];
+    return point;
+  }
+  __device__ __forceinline__ float2 part(int row, int j) const {
+    return make_float2(first[row * PITCH + j], first[row * PITCH + j + 1]);
+  }
+};
+
 // Grid (tiles of 128 tokens, B * Hkv).
 template <class T>
 __global__ void __launch_bounds__(T::kThreads) encode_kernel(const __grid_constant__ EncodeParams p) {
@@ -129,16 +144,11 @@ __global__ void __launch_bounds__(T::kThreads) encode_kernel(const __grid_consta
   const auto store = [&](int token, int s, int code) {
     image[token / 16 * 16 * M + group_position<D, M>(p.pages.layout, token % 16, s)] = uint8_t(code);
   };
+#pragma unroll 1
   for (int s = warp; s < M; s += T::kThreads / 32) {
     if constexpr (kDsub >= 4) {
       static_assert(kTokens == Filter<kDsub>::kPoints, "a warp takes one subspace of all tokens");
-      const auto point = [&](int token) {
-        const float* x = tile + token * (D + 1) + s * kDsub;
-        Point<kDsub> p;
-#pragma unroll
-        for (int j = 0; j < kDsub; ++j) p.x[j] = x[j];
-        return p;
-      };
+      const TilePoints<kDsub, D + 1> point = {tile + s * kDsub};
       Filter<kDsub>(centroids + s * kCentroids * kDsub).run(point, [&](int token, int code) { store(token, s, code); });
     } else {
       float x[4][kDsub];

@@ -74,31 +74,54 @@ class Filter {
   // All lanes call it; centroids [256, DSUB].
   __device__ explicit Filter(const float* __restrict__ centroids)
       : centroids_(centroids), lane_(threadIdx.x % 32), t_(lane_ % 4) {
-    P own[kCentroids / 32];
-    float sum[DSUB] = {};
-#pragma unroll
-    for (int k = 0; k < kCentroids / 32; ++k) {
-      own[k] = centroid(32 * k + lane_);
-#pragma unroll
-      for (int j = 0; j < DSUB; ++j) sum[j] += own[k].x[j];
-    }
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2)
-#pragma unroll
-      for (int j = 0; j < DSUB; ++j) sum[j] += __shfl_xor_sync(0xffffffffu, sum[j], step);
-#pragma unroll
-    for (int j = 0; j < DSUB; ++j) middle_.x[j] = sum[j] / kCentroids;
     float largest = 0.f;
+    if constexpr (DSUB == 4) {
+      P own[kCentroids / 32];
+      float sum[DSUB] = {};
 #pragma unroll
-    for (int k = 0; k < kCentroids / 32; ++k) largest = fmaxf(largest, size(relative(own[k], 1.f)));
+      for (int k = 0; k < kCentroids / 32; ++k) {
+        own[k] = centroid(32 * k + lane_);
 #pragma unroll
-    for (int step = 1; step < 32; step *= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+        for (int j = 0; j < DSUB; ++j) sum[j] += own[k].x[j];
+      }
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2)
+#pragma unroll
+        for (int j = 0; j < DSUB; ++j) sum[j] += __shfl_xor_sync(0xffffffffu, sum[j], step);
+#pragma unroll
+      for (int j = 0; j < DSUB; ++j) middle_[j] = sum[j] / kCentroids;
+#pragma unroll
+      for (int k = 0; k < kCentroids / 32; ++k) largest = fmaxf(largest, size(relative(own[k], 1.f)));
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+    } else {
+      float sum[2] = {};
+#pragma unroll
+      for (int c = lane_ / 4; c < kCentroids; c += 8) {
+        const float2 own = centroid_part(c);
+        sum[0] += own.x, sum[1] += own.y;
+      }
+#pragma unroll
+      for (int step = 4; step < 32; step *= 2)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) sum[j] += __shfl_xor_sync(0xffffffffu, sum[j], step);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) middle_[j] = sum[j] / kCentroids;
+#pragma unroll
+      for (int c = lane_ / 4; c < kCentroids; c += 8) {
+        const float2 own = relative(centroid_part(c), 1.f);
+        largest = fmaxf(largest, fmaxf(fabsf(own.x), fabsf(own.y)));
+      }
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+    }
     // Where squares leave the range of normal numbers nothing is a number, and all points are scanned.
     const int exponent = int(__float_as_uint(largest) >> 23) - 127;
     scale_ = abs(exponent) <= 56 ? __uint_as_float(uint32_t(127 - exponent) << 23) : NAN;
   }
 
-  // Codes of point(0) .. point(kPoints - 1), each handed to store(row, code) by one lane.
+  // Codes of point(0) .. point(kPoints - 1), each handed to store(row, code) by one lane; point.part(row, j) has the dims
+  // j and j + 1 of a point.
   template <class Source, class Store>
   __device__ void run(Source point, Store store) const {
     const int g = lane_ / 4;
@@ -108,13 +131,16 @@ class Filter {
     for (int m = 0; m < kTiles; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const P x = relative(point(16 * m + 8 * half + g), scale_);
+        const int row = 16 * m + 8 * half + g;
         uint32_t high, low;
-        split2(mine(x, 0), mine(x, 1), high, low);
         if constexpr (DSUB == 4) {
+          const P x = relative(point(row), scale_);
+          split2(t_ % 2 ? x.x[2] : x.x[0], t_ % 2 ? x.x[3] : x.x[1], high, low);
           a[m][half] = t_ < 2 ? high : low;
           a[m][half + 2] = t_ < 2 ? high : norm_factor(t_ - 2);
         } else {
+          const float2 x = relative(point.part(row, 2 * t_), scale_);
+          split2(x.x, x.y, high, low);
           a[m][half] = high, a[m][half + 2] = low;
         }
         best[m][half] = other[m][half] = INFINITY;
@@ -124,14 +150,20 @@ class Filter {
       uint32_t b[4][DSUB == 4 ? 2 : 3];
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
-        const P c = relative(centroid(32 * group + 8 * n + g), scale_);
+        const int code = 32 * group + 8 * n + g;
         uint32_t high, low;
-        split2(-mine(c, 0), -mine(c, 1), high, low);
-        b[n][0] = high;
         if constexpr (DSUB == 4) {
-          b[n][1] = t_ < 2 ? low : norm(c, t_ == 2);
+          const P c = relative(centroid(code), scale_);
+          split2(t_ % 2 ? -c.x[2] : -c.x[0], t_ % 2 ? -c.x[3] : -c.x[1], high, low);
+          b[n][0] = high;
+          b[n][1] = t_ < 2 ? low : norm(fmaf(c.x[3], c.x[3], fmaf(c.x[2], c.x[2], fmaf(c.x[1], c.x[1], c.x[0] * c.x[0]))), t_ == 2);
         } else {
-          b[n][1] = low, b[n][2] = t_ < 2 ? norm(c, t_ == 0) : 0u;
+          const float2 c = relative(centroid_part(code), scale_);
+          split2(-c.x, -c.y, high, low);
+          float square = fmaf(c.y, c.y, c.x * c.x);
+          square += __shfl_xor_sync(0xffffffffu, square, 1);
+          square += __shfl_xor_sync(0xffffffffu, square, 2);
+          b[n][0] = high, b[n][1] = low, b[n][2] = t_ < 2 ? norm(square, t_ == 0) : 0u;
         }
       }
       const uint32_t mark = 4 * group + t_;
@@ -190,7 +222,16 @@ class Filter {
       if (its_distance < distance || (its_distance == distance && its_code < code))
         distance = its_distance, code = its_code;
     }
-    const float X = size(relative(x, scale_)), Y = fmaf(sqrtf(distance), scale_, X);
+    float X;
+    if constexpr (DSUB == 4) {
+      X = size(relative(x, scale_));
+    } else {
+      const float2 part = relative(point.part(first + lane_ / 4, 2 * t_), scale_);
+      X = fmaxf(fabsf(part.x), fabsf(part.y));
+      X = fmaxf(X, __shfl_xor_sync(0xffffffffu, X, 1));
+      X = fmaxf(X, __shfl_xor_sync(0xffffffffu, X, 2));
+    }
+    const float Y = fmaf(sqrtf(distance), scale_, X);
     // Not clear either if one of them is not a number.
     constexpr float kSquare = DSUB == 4 ? 0x1p-13f : 0x1p-12f, kLinear = DSUB == 4 ? 0x1p-20f : 0x1p-19f;
     const bool clear = other - best > fmaf(fmaf(kSquare, Y, kLinear), Y, 0x1p-32f) && X <= 64.f;
@@ -217,38 +258,30 @@ class Filter {
 
   __device__ __forceinline__ P centroid(int code) const { return P::load(centroids_ + code * DSUB); }
 
-  // The lane's dims of a vector: 2 * t and the next, modulo DSUB.
-  __device__ __forceinline__ float mine(const P& p, int i) const {
-    const float even = t_ % 2 ? p.x[2 + i] : p.x[i];
-    if constexpr (DSUB == 4) return even;
-    else return t_ < 2 ? even : t_ % 2 ? p.x[6 + i] : p.x[4 + i];
+  // Of eight dims a lane has two, 2 * t and the next.
+  __device__ __forceinline__ float2 centroid_part(int code) const {
+    return __ldg(reinterpret_cast<const float2*>(centroids_ + code * DSUB + 2 * t_));
+  }
+  __device__ __forceinline__ float2 relative(float2 x, float scale) const {
+    return make_float2((x.x - middle_[0]) * scale, (x.y - middle_[1]) * scale);
   }
 
   __device__ __forceinline__ P relative(const P& p, float scale) const {
     P out;
 #pragma unroll
-    for (int j = 0; j < DSUB; ++j) out.x[j] = (p.x[j] - middle_.x[j]) * scale;
+    for (int j = 0; j < DSUB; ++j) out.x[j] = (p.x[j] - middle_[j]) * scale;
     return out;
   }
 
   __device__ __forceinline__ static float size(const P& p) {
-    float pairs[DSUB / 2];
-#pragma unroll
-    for (int j = 0; j < DSUB / 2; ++j) pairs[j] = fmaxf(fabsf(p.x[2 * j]), fabsf(p.x[2 * j + 1]));
-    float largest = pairs[0];
-#pragma unroll
-    for (int j = 1; j < DSUB / 2; ++j) largest = fmaxf(largest, pairs[j]);
-    return largest;
+    return fmaxf(fmaxf(fabsf(p.x[0]), fabsf(p.x[1])), fmaxf(fabsf(p.x[2]), fabsf(p.x[3])));
   }
 
   // What the parts of the norm are multiplied by: 2^-10, of which the first lane has two and the next one.
   __device__ __forceinline__ static uint32_t norm_factor(int lane) { return lane == 0 ? 0x14001400u : 0x1400u; }
 
-  // 2^9 |c|^2 in three fp16: the first two, or the last.
-  __device__ __forceinline__ uint32_t norm(const P& c, bool first_two) const {
-    float square = c.x[0] * c.x[0];
-#pragma unroll
-    for (int j = 1; j < DSUB; ++j) square = fmaf(c.x[j], c.x[j], square);
+  // 2^9 |c|^2, of |c|^2, in three fp16: the first two, or the last.
+  __device__ __forceinline__ static uint32_t norm(float square, bool first_two) {
     const float value = 512.f * square;
     const __half first = __float2half_rn(value);
     const float rest = value - __half2float(first);
@@ -259,7 +292,7 @@ class Filter {
 
   const float* centroids_;
   int lane_, t_;
-  P middle_;
+  float middle_[DSUB == 4 ? 4 : 2];  // of all dims, or of the lane's
   float scale_;
 };
 

@@ -20,7 +20,7 @@
 namespace million {
 
 // Grid (Hc * M), 256 threads: centroids [Hc, M, 256, 1] -> `sorted`.
-__global__ void __launch_bounds__(kCentroids) sort_kernel(const float* __restrict__ centroids, SortedCentroids sorted) {
+static __global__ void __launch_bounds__(kCentroids) sort_kernel(const float* __restrict__ centroids, SortedCentroids sorted) {
   __shared__ __align__(16) float values[kCentroids];
   const int thread = threadIdx.x;
   const int64_t first = int64_t(blockIdx.x) * kCentroids;

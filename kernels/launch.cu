@@ -1,4 +1,4 @@
-// Selection of the instantiation of the paged decode.
+// Selection of the instantiation by the shape of a call.
 #include "launch.h"
 
 namespace million {
@@ -36,6 +36,20 @@ cudaError_t decode_heads(const PagedDecodeParams& params, DecodeShape s, cudaStr
 cudaError_t launch_paged_decode(const PagedDecodeParams& params, DecodeShape shape, cudaStream_t stream) {
   if (shape.head_dim == 128) return decode_heads<128>(params, shape, stream);
   if (shape.head_dim == 64) return decode_heads<64>(params, shape, stream);
+  return cudaErrorInvalidValue;
+}
+
+cudaError_t launch_lookup_decode(const LookupDecodeParams& params, int head_dim, int m_keys, int m_values, int splits,
+                                 cudaStream_t stream) {
+  if (head_dim == 128) return lookup_decode<128>(params, m_keys, m_values, splits, stream);
+  if (head_dim == 64) return lookup_decode<64>(params, m_keys, m_values, splits, stream);
+  return cudaErrorInvalidValue;
+}
+
+cudaError_t launch_encode(const EncodeParams& params, int head_dim, int m, cudaStream_t stream) {
+  const bool half = params.dtype == Dtype::kHalf;
+  if (head_dim == 128) return half ? encode_codes<128, false>(params, m, stream) : encode_codes<128, true>(params, m, stream);
+  if (head_dim == 64) return half ? encode_codes<64, false>(params, m, stream) : encode_codes<64, true>(params, m, stream);
   return cudaErrorInvalidValue;
 }
 

@@ -1,12 +1,12 @@
-// Launcher of the encoding kernels.
+// Launch of the encoding kernels for one head_dim and dtype; instances/*.cu include this.
+#pragma once
+
 #include "encode.cuh"
 #include "encode_grid.cuh"
 #include "encode_sorted.cuh"
 #include "launch.h"
 
 namespace million {
-
-namespace {
 
 template <class Kernel>
 cudaError_t allow_shared(Kernel kernel, size_t bytes) {
@@ -76,20 +76,6 @@ cudaError_t encode_codes(const EncodeParams& params, int m, cudaStream_t stream)
   if (m == D / 4) return encode<D, D / 4, BF16>(params, stream);
   if (m == D / 8) return encode<D, D / 8, BF16>(params, stream);
   return cudaErrorInvalidValue;
-}
-
-template <bool BF16>
-cudaError_t encode_shape(const EncodeParams& params, int head_dim, int m, cudaStream_t stream) {
-  if (head_dim == 128) return encode_codes<128, BF16>(params, m, stream);
-  if (head_dim == 64) return encode_codes<64, BF16>(params, m, stream);
-  return cudaErrorInvalidValue;
-}
-
-}  // namespace
-
-cudaError_t launch_encode(const EncodeParams& params, int head_dim, int m, cudaStream_t stream) {
-  if (params.dtype == Dtype::kHalf) return encode_shape<false>(params, head_dim, m, stream);
-  return encode_shape<true>(params, head_dim, m, stream);
 }
 
 }  // namespace million
