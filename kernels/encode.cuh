@@ -77,6 +77,7 @@ struct Encode {
   static constexpr int D = D_, M = M_, kDsub = D / M, kTokens = 128, kThreads = 256;
   static constexpr bool kBF16 = BF16_;
   static constexpr int kColumnTiles = 2;  // of the rotation, at a time
+  static constexpr int kResident = kDsub == 8 ? 2 : 0;  // blocks a multiprocessor that registers must allow
   struct Shared {
     SplitColumns<D, BF16_, kColumnTiles> columns;
     uint4 image[kTokens * M / 16];
@@ -101,7 +102,7 @@ struct TilePoints {
 
 // Grid (tiles of 128 tokens, B * Hkv).
 template <class T>
-__global__ void __launch_bounds__(T::kThreads) encode_kernel(const __grid_constant__ EncodeParams p) {
+__global__ void __launch_bounds__(T::kThreads, T::kResident) encode_kernel(const __grid_constant__ EncodeParams p) {
   constexpr int D = T::D, M = T::M, kDsub = T::kDsub, kTokens = T::kTokens;
   static_assert(kTokens == T::kThreads / 32 * 16, "a warp rotates 16 tokens");
   extern __shared__ __align__(16) uint8_t memory[];
