@@ -212,7 +212,8 @@ class Filter {
     // Of the group's four matrices of eight columns the lane takes the t-th, at the columns of the lane that found it.
     const uint32_t mark = __float_as_uint(best) & 31;
     int code = 8 * mark + 8 * t_ - 6 * (mark % 4);  // 32 * group + 8 * t + 2 * (mark % 4)
-    const float even = squared_distance(x, centroid(code)), odd = squared_distance(x, centroid(code + 1));
+    const float* two = centroids_ + code * DSUB;
+    const float even = squared_distance(x, P::load(two)), odd = squared_distance(x, P::load(two + DSUB));
     float distance = odd < even ? odd : even;
     code += odd < even;
 #pragma unroll
