@@ -104,8 +104,8 @@ def pq_encode(
         start: first position; it and T are multiples of 16.
 
     Long inputs in subspaces of one dim are searched in sorted centroids, of two dims through grids, in a
-    transient workspace of `heuristics.encode_workspace_bytes` (16.8 MB for 32 heads of 64 subspaces); the codes
-    are the same.
+    transient workspace of `heuristics.encode_workspace_bytes` (16.8 MB for 32 heads of 64 subspaces); the
+    codes are the same.
 
     Raises:
         RuntimeError: a shape or dtype that does not fit; the line names it.

@@ -26,7 +26,7 @@ Store = Literal["paged", "contiguous"]
 
 @dataclass(frozen=True)
 class DecodeQuery:
-    """All that decides whether the decode kernel of `store` serves; `arch` is the compute capability, e.g. 90."""
+    """All that decides whether the decode kernel of `store` serves; `arch` is the compute capability."""
 
     arch: int
     dtype: torch.dtype
@@ -51,8 +51,8 @@ def codes_reason(spec: CodeSpec) -> str | None:
 def min_shared_kib(store: Store, spec: PQSpec) -> int:
     """KiB of shared memory that a block of the decode kernel needs at least.
 
-    Paged: both centroid tables of a head (fp16) beside a ring of codes, which takes what there is.  Contiguous:
-    the values' table and the scores of every key code.
+    Paged: both centroid tables of a head (fp16) beside a ring of codes, which takes what there is.
+    Contiguous: the values' table and the scores of every key code.
 
     Example: paged, head_dim 128 -> 163; contiguous, 128 key codes a token -> 131.
     """

@@ -78,8 +78,8 @@ def lookup_workspace_bytes(rows: int, head_dim: int, splits: int) -> int:
 def encode_workspace_bytes(points: int, subspaces: int, dsub: int) -> int:
     """Bytes that an encoding of `points` points in each of `subspaces` = Hc * M needs.
 
-    They hold sorted centroids (one dim a subspace) or grids (two dims).  0 is the kernel without a workspace, for
-    few points and for other subspaces.
+    They hold sorted centroids (one dim a subspace) or grids (two dims).  0 is the kernel without a workspace,
+    for few points and for other subspaces.
 
     Example: 32 heads of 64 subspaces, 32K tokens -> 16.8 MB; a page of 64 tokens -> 0.
     """

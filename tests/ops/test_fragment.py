@@ -53,7 +53,7 @@ def test_lanes_of_values_hold_four_tokens(spec: CodeSpec) -> None:
 @pytest.mark.parametrize("side", ["keys", "values"])
 @pytest.mark.parametrize("D", [64, 128])
 def test_codes_of_one_dim_go_in_pairs(D: int, side: Side) -> None:
-    """The codes of a word's halves are side by side (keys), or four bytes apart (values), in the same lane."""
+    """The codes of a word's halves are side by side (keys) or four bytes apart (values), in one lane."""
     tokens, subspaces = owners(CodeSpec(D, D, 8), side)
     step = 1 if side == "keys" else 4
     low = [i for i in range(D // 2) if i // step % 2 == 0]
@@ -66,7 +66,7 @@ def test_codes_of_one_dim_go_in_pairs(D: int, side: Side) -> None:
 @pytest.mark.parametrize("side", ["keys", "values"])
 @pytest.mark.parametrize("spec", SPECS)
 def test_lookups_of_a_warp_fall_in_different_banks(spec: CodeSpec, side: Side) -> None:
-    """One instruction looks up byte i of all lanes: 4-byte words in one pass, 8- and 16-byte ones in parts."""
+    """One instruction looks up byte i of all lanes: 4 bytes in one pass, 8 and 16 in parts of a warp."""
     _, subspaces = owners(spec, side)
     words = max(spec.dsub // 2, 1)
     together = 32 // words
@@ -80,7 +80,9 @@ def test_lookups_of_a_warp_fall_in_different_banks(spec: CodeSpec, side: Side) -
 def fold(spec: CodeSpec, side: Side) -> int:
     """A number that the positions of all codes of a group make, as kernels/layout_check.cu does."""
     codes = torch.arange(16 * spec.M).view(16, spec.M)
-    high, low = (FragmentLayout(spec, 16, side).pack(part.to(torch.uint8)) for part in (codes >> 8, codes & 255))
+    high, low = (
+        FragmentLayout(spec, 16, side).pack(part.to(torch.uint8)) for part in (codes >> 8, codes & 255)
+    )
     folded = 0
     for code in (high.long() << 8 | low.long()).flatten().argsort().tolist():
         folded = (folded * 31 + code) % 2**32
