@@ -1,4 +1,4 @@
-// Append: the new token of each sequence into the window; where that makes a page of old tokens, their codes, by a scan.
+// Append: the new token of each sequence into the window; where that makes a page of old tokens, their codes by a scan.
 #pragma once
 
 #include "encode.cuh"

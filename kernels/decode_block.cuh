@@ -1,7 +1,7 @@
 // What surrounds a block's walk over the codes: its spans, queries, the residual window, and its partial results.
 //
 // A block serves up to HG query heads of one KV head of one sequence at a time (a "set") and a span of its tokens.  The walk
-// (decode_mma.cuh) leaves one row of sums a warp, with its own maximum and denominator, to be combined here into a partial
+// (decode_walk.cuh) leaves one row of sums a warp, with its own maximum and denominator, to be combined here into a partial
 // result; merge.cuh adds those up.  Sums and softmax state are fp32, exponents base 2.
 //
 // A launch is short (4K tokens: 10 us), so the loads that it starts with are issued together: tables for the head that the

@@ -27,8 +27,8 @@ inline cudaError_t launch_early(void (*kernel)(PagedDecodeParams), int blocks, i
   return cudaLaunchKernelEx(&config, kernel, params);
 }
 
-// Warps and ring depth: registers bound the warps, shared memory the ring.  What does not fit gets a ring of two stages,
-// then fewer warps.
+// Warps and ring depth: registers bound the warps, shared memory the ring.  What does not fit gets a ring of two
+// stages, then fewer warps.
 template <int D, int MK, int MV, int HG>
 struct Tile {
   template <int WARPS, int STAGES>
@@ -51,8 +51,9 @@ template <int D, int MK, int MV, int HG>
 cudaError_t paged_decode(const PagedDecodeParams& params, cudaStream_t stream) {
   using T = typename Tile<D, MK, MV, HG>::Type;
   constexpr int kShared = sizeof(typename MmaBlock<T>::Shared);
-  static_assert(MILLION_SHARED_KIB < (D == 128 ? 163 : 99) || kShared <= MILLION_SHARED_KIB * 1024, "the tile does not fit");
-  if constexpr (kShared > MILLION_SHARED_KIB * 1024) {
+  constexpr bool kFits = kShared <= MILLION_SHARED_KIB * 1024;
+  static_assert(MILLION_SHARED_KIB < (D == 128 ? 163 : 99) || kFits, "the tile does not fit");
+  if constexpr (!kFits) {
     return cudaErrorInvalidConfiguration;
   } else {
     const auto kernel = mma_decode_kernel<T>;

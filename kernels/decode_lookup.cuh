@@ -168,7 +168,8 @@ __global__ void __launch_bounds__(T::kThreads) lookup_decode_kernel(const __grid
         for (int k = 0; k < T::kLaneWords; ++k)
           codes[j][k] = k && T::subspace(0, k) == T::subspace(0, 0)
                             ? codes[j][0]
-                            : Values<MV>::load(value_codes, tile + group * kGroupTokens, T::subspace(lane, k) + j, p.page_size);
+                            : Values<MV>::load(value_codes, tile + group * kGroupTokens, T::subspace(lane, k) + j,
+                                               p.page_size);
 #pragma unroll
       for (int i = 0; i < kGroupTokens; ++i) {
         const float weight = __half2float(probabilities[group * kGroupTokens + i]);

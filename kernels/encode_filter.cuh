@@ -120,8 +120,8 @@ class Filter {
     scale_ = abs(exponent) <= 56 ? __uint_as_float(uint32_t(127 - exponent) << 23) : NAN;
   }
 
-  // Codes of point(0) .. point(kPoints - 1), each handed to store(row, code) by one lane; point.part(row, j) has the dims
-  // j and j + 1 of a point.
+  // Codes of point(0) .. point(kPoints - 1), each handed to store(row, code) by one lane; point.part(row, j) has the
+  // dims j and j + 1 of a point.
   template <class Source, class Store>
   __device__ void run(Source point, Store store) const {
     const int g = lane_ / 4;
@@ -155,8 +155,9 @@ class Filter {
         if constexpr (DSUB == 4) {
           const P c = relative(centroid(code), scale_);
           split2(t_ % 2 ? -c.x[2] : -c.x[0], t_ % 2 ? -c.x[3] : -c.x[1], high, low);
+          const float square = fmaf(c.x[3], c.x[3], fmaf(c.x[2], c.x[2], fmaf(c.x[1], c.x[1], c.x[0] * c.x[0])));
           b[n][0] = high;
-          b[n][1] = t_ < 2 ? low : norm(fmaf(c.x[3], c.x[3], fmaf(c.x[2], c.x[2], fmaf(c.x[1], c.x[1], c.x[0] * c.x[0]))), t_ == 2);
+          b[n][1] = t_ < 2 ? low : norm(square, t_ == 2);
         } else {
           const float2 c = relative(centroid_part(code), scale_);
           split2(-c.x, -c.y, high, low);

@@ -33,7 +33,8 @@ int tokens_of_block(int heads, int tokens, int multiprocessors) {
 
 // Launches the kernel of T, whose tables `prepare` makes, for chunks of tokens.
 template <class T, class Prepare>
-cudaError_t in_chunks(void (*kernel)(EncodeParams, int), const EncodeParams& params, cudaStream_t stream, Prepare prepare) {
+cudaError_t in_chunks(void (*kernel)(EncodeParams, int), const EncodeParams& params, cudaStream_t stream,
+                      Prepare prepare) {
   constexpr size_t kShared = sizeof(typename T::Shared);
   if (const cudaError_t error = allow_shared(kernel, kShared); error != cudaSuccess) return error;
   int device, multiprocessors;

@@ -20,7 +20,8 @@
 namespace million {
 
 // Grid (Hc * M), 256 threads: centroids [Hc, M, 256, 1] -> `sorted`.
-static __global__ void __launch_bounds__(kCentroids) sort_kernel(const float* __restrict__ centroids, SortedCentroids sorted) {
+static __global__ void __launch_bounds__(kCentroids) sort_kernel(const float* __restrict__ centroids,
+                                                                 SortedCentroids sorted) {
   __shared__ __align__(16) float values[kCentroids];
   const int thread = threadIdx.x;
   const int64_t first = int64_t(blockIdx.x) * kCentroids;
@@ -51,7 +52,7 @@ struct SortedEncode {
   static constexpr int D = D_, M = D_;
   static constexpr bool kBF16 = BF16_;
   static constexpr int kWarps = 16, kThreads = 32 * kWarps;
-  static constexpr int kTiles = MILLION_SHARED_KIB >= 163 ? 4 : 2;  // of eight subspaces: a block's share of the columns
+  static constexpr int kTiles = MILLION_SHARED_KIB >= 163 ? 4 : 2;  // of eight subspaces: a block's share
   static constexpr int kBlocks = D / 8 / kTiles;                    // that share a head's tokens
   static constexpr int kPiece = 4 * kTiles;                         // bytes a lane stores of every 16 tokens
   static constexpr int kWarpTokens = 32;                            // that a warp takes at a time

@@ -47,9 +47,9 @@ cudaError_t launch_lookup_decode(const LookupDecodeParams& params, int head_dim,
 }
 
 cudaError_t launch_encode(const EncodeParams& params, int head_dim, int m, cudaStream_t stream) {
-  const bool half = params.dtype == Dtype::kHalf;
-  if (head_dim == 128) return half ? encode_codes<128, false>(params, m, stream) : encode_codes<128, true>(params, m, stream);
-  if (head_dim == 64) return half ? encode_codes<64, false>(params, m, stream) : encode_codes<64, true>(params, m, stream);
+  const bool wide = params.dtype == Dtype::kBFloat16;
+  if (head_dim == 128) return (wide ? encode_codes<128, true> : encode_codes<128, false>)(params, m, stream);
+  if (head_dim == 64) return (wide ? encode_codes<64, true> : encode_codes<64, false>)(params, m, stream);
   return cudaErrorInvalidValue;
 }
 

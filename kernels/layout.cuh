@@ -23,7 +23,7 @@ namespace million {
 template <int D, int M>
 struct CodeShape {
   static constexpr int kDsub = D / M;
-  static_assert(M * kDsub == D && (kDsub == 1 || kDsub == 2 || kDsub == 4 || kDsub == 8), "M is D, D / 2, D / 4 or D / 8");
+  static_assert(M == D || 2 * M == D || 4 * M == D || 8 * M == D, "M is D, D / 2, D / 4 or D / 8");
   static constexpr int kLaneBytes = M / 2;
   static constexpr int kChunk = kLaneBytes < 16 ? kLaneBytes : 16;
   static constexpr int kChunks = kLaneBytes / kChunk;

@@ -19,7 +19,8 @@ cudaError_t lookup_values(const LookupDecodeParams& p, int splits, cudaStream_t 
   } else {
     const auto kernel = p.value_layout == Layout::kTransposed ? lookup_decode_kernel<T, TransposedValues>
                                                               : lookup_decode_kernel<T, RowValues>;
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSharedBytes);
+    constexpr auto kShared = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    const cudaError_t error = cudaFuncSetAttribute(kernel, kShared, T::kSharedBytes);
     if (error != cudaSuccess) return error;
     kernel<<<dim3(p.batch * p.kv_heads * p.group, splits), T::kThreads, T::kSharedBytes, stream>>>(p);
     return cudaGetLastError();
