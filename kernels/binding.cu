@@ -127,15 +127,22 @@ void encode(Tensor x, Tensor centroids, OptionalTensor rotation, Tensor codes, O
                   " of x ", shape_of(x), " pass the end of codes ", shape_of(codes));
   if (B * H * T == 0) return;
   STD_TORCH_CHECK(B * H <= 65535, "x ", shape_of(x), ": at most 65535 heads in all");
-  p.grids = {nullptr, nullptr};
+  p.grids = {nullptr, nullptr}, p.sorted = {nullptr, nullptr};
   if (workspace.has_value()) {
-    const int64_t grids = centroids.size(0) * M, bytes = grids * million::kGridBytes;
-    STD_TORCH_CHECK(D == 2 * M, "workspace for centroids ", shape_of(centroids), ": grids are for subspaces of two dims");
+    STD_TORCH_CHECK(D == M || D == 2 * M, "workspace for centroids ", shape_of(centroids),
+                    ": it is for subspaces of one or two dims");
+    const int64_t subspaces = centroids.size(0) * M;
+    const int64_t bytes = subspaces * (D == M ? million::kSortedBytes : million::kGridBytes);
     STD_TORCH_CHECK(workspace->scalar_type() == ScalarType::Byte && workspace->is_cuda() && workspace->is_contiguous() &&
                         workspace->numel() >= bytes && reinterpret_cast<uintptr_t>(workspace->data_ptr()) % 16 == 0,
                     "workspace ", shape_of(*workspace), ": uint8 on the device, aligned, at least ", bytes);
-    p.grids.frames = static_cast<million::GridFrame*>(workspace->data_ptr());
-    p.grids.lists = reinterpret_cast<uint2*>(p.grids.frames + grids);
+    if (D == M) {
+      p.sorted.values = static_cast<float*>(workspace->data_ptr());
+      p.sorted.codes = reinterpret_cast<uint8_t*>(p.sorted.values + subspaces * million::kCentroids);
+    } else {
+      p.grids.frames = static_cast<million::GridFrame*>(workspace->data_ptr());
+      p.grids.lists = reinterpret_cast<uint2*>(p.grids.frames + subspaces);
+    }
   }
   p.x = x.data_ptr();
   p.stride_batch = x.stride(0), p.stride_head = x.stride(1), p.stride_token = x.stride(2);
@@ -217,8 +224,8 @@ void paged_decode(Tensor q, Tensor key_pool, Tensor value_pool, Tensor block_tab
   STD_TORCH_CHECK(R % page_size == 0 && R > page_size, "key_window ", shape_of(key_window), ": a multiple of page_size=",
                   page_size, " tokens, larger than it");
   STD_TORCH_CHECK(scale > 0, "scale=", scale, ": positive");
-  STD_TORCH_CHECK((heads == 1 || heads == 4 || (heads == 8 && D == 128)) && blocks > 0, "heads=", heads,
-                  " (1, 4 or, for head_dim 128, 8), blocks=", blocks);
+  STD_TORCH_CHECK((heads == 1 || heads == 4 || heads == 8) && blocks > 0, "heads=", heads, " (1, 4 or 8), blocks=",
+                  blocks);
   if (B == 0) return;
   const int64_t G = Hq / Hkv, head_sets = (G + heads - 1) / heads, sets = B * Hkv * head_sets;
   const int64_t spans = (sets * 8 + 255) / 256 * 256;

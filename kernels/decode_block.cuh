@@ -1,7 +1,7 @@
 // What surrounds a block's walk over the codes: its spans, queries, the residual window, and its partial results.
 //
 // A block serves up to HG query heads of one KV head of one sequence at a time (a "set") and a span of its tokens.  The walk
-// (decode_mma.cuh) leaves one row of sums a warp, with its own maximum and denominator, to be combined here into a partial
+// (decode_walk.cuh) leaves one row of sums a warp, with its own maximum and denominator, to be combined here into a partial
 // result; merge.cuh adds those up.  Sums and softmax state are fp32, exponents base 2.
 //
 // A launch is short (4K tokens: 10 us), so the loads that it starts with are issued together: tables for the head that the
@@ -236,7 +236,7 @@ struct DecodeBlock {
       if (lane == 0) state.row_max[warp][hg] = top[hg], state.row_sum[warp][hg] = denominator[hg];
     }
     __syncthreads();
-    factors(-1e30f, 0.f, [&](int hg, float maximum, float sum, float) {
+    factors([](int) { return make_float2(-1e30f, 0.f); }, [&](int hg, float maximum, float sum, float) {
       state.window_max[hg] = maximum, state.window_sum[hg] = sum;
     });
     __syncthreads();
@@ -249,14 +249,23 @@ struct DecodeBlock {
   }
 
   // Maxima of the rows become factors, in place; store(head, maximum, denominator, factor of the extra row) once a head.
-  // The extra row is that of maximum `other_max` and denominator `other_sum`, different in each warp (a warp a head).
-  template <class F>
-  __device__ void factors(float other_max, float other_sum, F store) {
-    static_assert(T::WARPS < 32 && HG <= T::WARPS, "a lane a row, a warp a head");
-    if (warp >= HG) return;
-    const int hg = warp;
-    const float mine = lane < T::WARPS ? state.row_max[lane][hg] : lane == T::WARPS ? other_max : -INFINITY;
-    const float sum = lane < T::WARPS ? state.row_sum[lane][hg] : lane == T::WARPS ? other_sum : 0.f;
+  // The extra row is that of the maximum and denominator other(head).  A head is one warp's, and so are its other() and
+  // store(), which one lane of it calls.
+  template <class Other, class Store>
+  __device__ void factors(Other other, Store store) {
+    if constexpr (HG <= T::WARPS) {
+      if (warp < HG) factors_of(warp, other, store);
+    } else {
+#pragma unroll 1
+      for (int hg = warp; hg < HG; hg += T::WARPS) factors_of(hg, other, store);
+    }
+  }
+  template <class Other, class Store>
+  __device__ __forceinline__ void factors_of(int hg, Other other, Store store) {
+    static_assert(T::WARPS < 32, "a lane a row");
+    const float2 extra = lane == T::WARPS ? other(hg) : make_float2(-INFINITY, 0.f);
+    const float mine = lane < T::WARPS ? state.row_max[lane][hg] : extra.x;
+    const float sum = lane < T::WARPS ? state.row_sum[lane][hg] : extra.y;
     float top = mine;
 #pragma unroll
     for (int step = 16; step; step >>= 1) top = fmaxf(top, __shfl_xor_sync(kFull, top, step));
@@ -272,8 +281,7 @@ struct DecodeBlock {
   // values are rotated), [HG][D] of the window, [HG][2] maximum and denominator.
   __device__ void combine(float* partial, Vectors rows) {
     __syncthreads();
-    const bool extra = lane == T::WARPS && warp < HG;  // the lane of a window's row, the only one that writes there
-    factors(extra ? state.window_max[warp] : 0.f, extra ? state.window_sum[warp] : 0.f,
+    factors([&](int hg) { return make_float2(state.window_max[hg], state.window_sum[hg]); },
             [&](int hg, float maximum, float sum, float factor) {
       state.window_max[hg] = factor;
       *reinterpret_cast<float2*>(partial + 2 * (HG * D + hg)) = make_float2(maximum, sum);

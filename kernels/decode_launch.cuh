@@ -27,20 +27,33 @@ inline cudaError_t launch_early(void (*kernel)(PagedDecodeParams), int blocks, i
   return cudaLaunchKernelEx(&config, kernel, params);
 }
 
-// Warps and ring depth: registers bound the warps, shared memory the ring.
-template <int D, int HG>
+// Warps and ring depth: registers bound the warps, shared memory the ring.  What does not fit gets a ring of two
+// stages, then fewer warps.
+template <int D, int MK, int MV, int HG>
 struct Tile {
+  template <int WARPS, int STAGES>
+  static constexpr bool fits() {
+    using T = MmaDecode<D, MK, MV, HG, WARPS, STAGES>;
+    return sizeof(typename MmaBlock<T>::Shared) <= MILLION_SHARED_KIB * 1024;
+  }
+  template <int WARPS, int STAGES>
+  static auto choose() {
+    if constexpr (fits<WARPS, STAGES>() || WARPS == 1) return MmaDecode<D, MK, MV, HG, WARPS, STAGES>();
+    else if constexpr (STAGES > 2) return choose<WARPS, 2>();
+    else return choose<WARPS - (WARPS > 4 ? 2 : 1), STAGES>();
+  }
   static constexpr bool kLarge = MILLION_SHARED_KIB >= 227;
   static constexpr int kWarps = kLarge ? (HG == 1 ? 16 : HG == 4 ? 12 : 8) : (HG == 1 ? 8 : 4);
-  static constexpr int kStages = !kLarge && HG != 4 ? 2 : 3;
+  using Type = decltype(choose<kWarps, !kLarge && HG != 4 ? 2 : 3>());
 };
 
 template <int D, int MK, int MV, int HG>
 cudaError_t paged_decode(const PagedDecodeParams& params, cudaStream_t stream) {
-  using T = MmaDecode<D, MK, MV, HG, Tile<D, HG>::kWarps, Tile<D, HG>::kStages>;
+  using T = typename Tile<D, MK, MV, HG>::Type;
   constexpr int kShared = sizeof(typename MmaBlock<T>::Shared);
-  static_assert(MILLION_SHARED_KIB < 163 || kShared <= MILLION_SHARED_KIB * 1024, "the tile does not fit");
-  if constexpr (kShared > MILLION_SHARED_KIB * 1024) {
+  constexpr bool kFits = kShared <= MILLION_SHARED_KIB * 1024;
+  static_assert(MILLION_SHARED_KIB < (D == 128 ? 163 : 99) || kFits, "the tile does not fit");
+  if constexpr (!kFits) {
     return cudaErrorInvalidConfiguration;
   } else {
     const auto kernel = mma_decode_kernel<T>;

@@ -1,4 +1,5 @@
-// Decode attention over contiguous codes by a lookup table of scores, in 99 KiB of shared memory.
+// Decode attention over contiguous codes by a lookup table of scores, in 99 KiB of shared memory (131 KiB for 128 key
+// codes a token).
 //
 // For GPUs whose blocks cannot hold both centroid tables of the paged kernel, and to measure the layout of values alone.
 // A block takes one query head and a span of tokens.  It tabulates q . centroid for every subspace and code (fp16), so
@@ -47,13 +48,14 @@ struct LookupDecode {
   static constexpr int kRowsBytes = kWarps * D * 4;  // the warps' sums, in place of the score table
   static constexpr int kMiddleBytes = kScoreTableBytes > kRowsBytes ? kScoreTableBytes : kRowsBytes;
   static constexpr int kSharedBytes = kValueTableBytes + kMiddleBytes + (D + kTile / 2 + 2 * kWarps + 2) * 4;
-  static_assert(kSharedBytes <= 99 * 1024, "small GPUs");
+  static_assert(kSharedBytes <= (MK == 128 ? 131 : 99) * 1024, "small GPUs");
+  static constexpr int kCodes = D / MV == 1 ? 2 : 1;  // that select a word: one for each half, or one
 
-  // The lane's k-th word of a centroid row, and the subspace whose code selects it.
+  // The lane's k-th word of a centroid row, and the subspace whose code selects it or its lower half.
   static __device__ __forceinline__ int word(int lane, int k) {
-    return D / MV == 2 || kLaneWords == 1 ? lane + 32 * k : 2 * lane + k;
+    return D / MV <= 2 || kLaneWords == 1 ? lane + 32 * k : 2 * lane + k;
   }
-  static __device__ __forceinline__ int subspace(int lane, int k) { return word(lane, k) / (D / MV / 2); }
+  static __device__ __forceinline__ int subspace(int lane, int k) { return 2 * word(lane, k) / (D / MV); }
 };
 
 template <class T, template <int> class Values>
@@ -115,8 +117,9 @@ __global__ void __launch_bounds__(T::kThreads) lookup_decode_kernel(const __grid
     for (int i = threadIdx.x; i < kCentroids * MK; i += T::kThreads) {
       const int code = i / MK, m = i % MK;
       float sum = 0.f;
+      if constexpr (MK == D) sum = q[m] * __half2float(keys[code * D + m]);
 #pragma unroll
-      for (int j = 0; j < D / MK; j += 2) {
+      for (int j = 0; j + 1 < D / MK; j += 2) {
         const float2 pair = unpack2(__ldg(reinterpret_cast<const uint32_t*>(keys + code * D + m * (D / MK) + j)), Dtype::kHalf);
         sum += q[m * (D / MK) + j] * pair.x + q[m * (D / MK) + j + 1] * pair.y;
       }
@@ -132,14 +135,20 @@ __global__ void __launch_bounds__(T::kThreads) lookup_decode_kernel(const __grid
     const int token = tile + threadIdx.x;
     float score = -INFINITY;
     if (token < end && token >= first_valid) {
-      const uint4* codes = reinterpret_cast<const uint4*>(key_codes + int64_t(token) * MK);
       score = 0.f;
+      constexpr int kPiece = MK < 16 ? MK : 16;  // bytes of a load
 #pragma unroll
-      for (int c = 0; c < MK / 16; ++c) {
-        const uint4 piece = __ldg(codes + c);
+      for (int c = 0; c < MK / kPiece; ++c) {
+        uint4 piece;
+        if constexpr (kPiece == 16) {
+          piece = __ldg(reinterpret_cast<const uint4*>(key_codes + int64_t(token) * MK) + c);
+        } else {
+          const uint2 half = __ldg(reinterpret_cast<const uint2*>(key_codes + int64_t(token) * MK));
+          piece = make_uint4(half.x, half.y, 0, 0);
+        }
         const uint32_t words[4] = {piece.x, piece.y, piece.z, piece.w};
 #pragma unroll
-        for (int j = 0; j < 16; ++j)
+        for (int j = 0; j < kPiece; ++j)
           score += __half2float(score_table[(16 * c + j) * T::kScoreRow + (words[j / 4] >> (8 * (j % 4)) & 255)]);
       }
     }
@@ -152,20 +161,29 @@ __global__ void __launch_bounds__(T::kThreads) lookup_decode_kernel(const __grid
 #pragma unroll
     for (int k = 0; k < T::kLaneWords; ++k) sums[k][0] *= factor, sums[k][1] *= factor;
     for (int group = warp; group * kGroupTokens < min(T::kTile, end - tile); group += kWarps) {
-      uint4 codes[T::kLaneWords];
+      uint4 codes[T::kCodes][T::kLaneWords];
 #pragma unroll
-      for (int k = 0; k < T::kLaneWords; ++k)
-        codes[k] = k && T::subspace(0, k) == T::subspace(0, 0)
-                       ? codes[0]
-                       : Values<MV>::load(value_codes, tile + group * kGroupTokens, T::subspace(lane, k), p.page_size);
+      for (int j = 0; j < T::kCodes; ++j)
+#pragma unroll
+        for (int k = 0; k < T::kLaneWords; ++k)
+          codes[j][k] = k && T::subspace(0, k) == T::subspace(0, 0)
+                            ? codes[j][0]
+                            : Values<MV>::load(value_codes, tile + group * kGroupTokens, T::subspace(lane, k) + j,
+                                               p.page_size);
 #pragma unroll
       for (int i = 0; i < kGroupTokens; ++i) {
         const float weight = __half2float(probabilities[group * kGroupTokens + i]);
 #pragma unroll
         for (int k = 0; k < T::kLaneWords; ++k) {
-          const uint32_t words[4] = {codes[k].x, codes[k].y, codes[k].z, codes[k].w};
-          const uint32_t code = words[i / 4] >> (8 * (i % 4)) & 255;
-          const float2 pair = unpack2(value_table[code * T::kWords + T::word(lane, k)], Dtype::kHalf);
+          float2 pair;
+#pragma unroll
+          for (int j = 0; j < T::kCodes; ++j) {
+            const uint32_t words[4] = {codes[j][k].x, codes[j][k].y, codes[j][k].z, codes[j][k].w};
+            const uint32_t code = words[i / 4] >> (8 * (i % 4)) & 255;
+            const float2 both = unpack2(value_table[code * T::kWords + T::word(lane, k)], Dtype::kHalf);
+            if (j == 0) pair.x = both.x;
+            if (j == T::kCodes - 1) pair.y = both.y;
+          }
           sums[k][0] += weight * pair.x, sums[k][1] += weight * pair.y;
         }
       }

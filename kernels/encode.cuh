@@ -1,5 +1,6 @@
-// Encoding in one kernel: optional rotation, nearest centroid by a scan (two dims a subspace) or a filter (four, see
-// encode_filter.cuh), write in the layout of the pages.  encode_grid.cuh serves long inputs in subspaces of two dims.
+// Encoding in one kernel: optional rotation, nearest centroid by a scan (one or two dims a subspace) or a filter (four
+// or eight, see encode_filter.cuh), write in the layout of the pages.  Long inputs are served by encode_sorted.cuh in
+// subspaces of one dim, by encode_grid.cuh in those of two.
 //
 // The nearest centroid is the lowest index at the least sum of squared differences in fp32, subtracted and squared
 // directly as the torch codec does: |c|^2 / 2 - x.c would cancel for vectors far from the origin.
@@ -18,13 +19,17 @@ __device__ __forceinline__ void nearest(const float (&x)[N][DSUB], const float* 
   float best[N];
 #pragma unroll
   for (int n = 0; n < N; ++n) best[n] = INFINITY, code[n] = 0;
-  constexpr int kPerLoad = 4 / DSUB;
+  constexpr int kLoads = DSUB == 8 ? 2 : 1, kPerStep = 4 * kLoads / DSUB;
 #pragma unroll 4
-  for (int c = 0; c < kCentroids; c += kPerLoad) {
-    const float4 load = __ldg(reinterpret_cast<const float4*>(centroids + c * DSUB));
-    const float values[4] = {load.x, load.y, load.z, load.w};
+  for (int c = 0; c < kCentroids; c += kPerStep) {
+    float values[4 * kLoads];
 #pragma unroll
-    for (int k = 0; k < kPerLoad; ++k)
+    for (int i = 0; i < kLoads; ++i) {
+      const float4 load = __ldg(reinterpret_cast<const float4*>(centroids + c * DSUB) + i);
+      values[4 * i] = load.x, values[4 * i + 1] = load.y, values[4 * i + 2] = load.z, values[4 * i + 3] = load.w;
+    }
+#pragma unroll
+    for (int k = 0; k < kPerStep; ++k)
 #pragma unroll
       for (int n = 0; n < N; ++n) {
         float distance = 0.f;
@@ -72,6 +77,7 @@ struct Encode {
   static constexpr int D = D_, M = M_, kDsub = D / M, kTokens = 128, kThreads = 256;
   static constexpr bool kBF16 = BF16_;
   static constexpr int kColumnTiles = 2;  // of the rotation, at a time
+  static constexpr int kResident = kDsub == 8 ? 2 : 0;  // blocks a multiprocessor that registers must allow
   struct Shared {
     SplitColumns<D, BF16_, kColumnTiles> columns;
     uint4 image[kTokens * M / 16];
@@ -79,9 +85,24 @@ struct Encode {
   };
 };
 
+// Points of one subspace in rows of shared memory.
+template <int DSUB, int PITCH>
+struct TilePoints {
+  const float* first;
+  __device__ __forceinline__ Point<DSUB> operator()(int row) const {
+    Point<DSUB> point;
+#pragma unroll
+    for (int j = 0; j < DSUB; ++j) point.x[j] = first[row * PITCH + j];
+    return point;
+  }
+  __device__ __forceinline__ float2 part(int row, int j) const {
+    return make_float2(first[row * PITCH + j], first[row * PITCH + j + 1]);
+  }
+};
+
 // Grid (tiles of 128 tokens, B * Hkv).
 template <class T>
-__global__ void __launch_bounds__(T::kThreads) encode_kernel(const __grid_constant__ EncodeParams p) {
+__global__ void __launch_bounds__(T::kThreads, T::kResident) encode_kernel(const __grid_constant__ EncodeParams p) {
   constexpr int D = T::D, M = T::M, kDsub = T::kDsub, kTokens = T::kTokens;
   static_assert(kTokens == T::kThreads / 32 * 16, "a warp rotates 16 tokens");
   extern __shared__ __align__(16) uint8_t memory[];
@@ -124,14 +145,12 @@ __global__ void __launch_bounds__(T::kThreads) encode_kernel(const __grid_consta
   const auto store = [&](int token, int s, int code) {
     image[token / 16 * 16 * M + group_position<D, M>(p.pages.layout, token % 16, s)] = uint8_t(code);
   };
+#pragma unroll 1
   for (int s = warp; s < M; s += T::kThreads / 32) {
-    if constexpr (kDsub == 4) {
-      static_assert(kTokens == Filter::kPoints, "a warp takes one subspace of all tokens");
-      const auto point = [&](int token) {
-        const float* x = tile + token * (D + 1) + s * 4;
-        return make_float4(x[0], x[1], x[2], x[3]);
-      };
-      Filter(centroids + s * kCentroids * 4).run(point, [&](int token, int code) { store(token, s, code); });
+    if constexpr (kDsub >= 4) {
+      static_assert(kTokens == Filter<kDsub>::kPoints, "a warp takes one subspace of all tokens");
+      const TilePoints<kDsub, D + 1> point = {tile + s * kDsub};
+      Filter<kDsub>(centroids + s * kCentroids * kDsub).run(point, [&](int token, int code) { store(token, s, code); });
     } else {
       float x[4][kDsub];
       int code[4];
@@ -149,91 +168,6 @@ __global__ void __launch_bounds__(T::kThreads) encode_kernel(const __grid_consta
     const int group = i / M, piece = i % M;
     *reinterpret_cast<uint4*>(group_chunk(p.pages, b, h, p.start + first + group * 16, M, piece)) =
         shared.image[i];
-  }
-}
-
-template <int D_, int M_>
-struct Append {
-  static constexpr int D = D_, M = M_, kDsub = D / M, kThreads = 128;
-  static constexpr int kSubspaces = 8;  // a block's share of a flush
-  static constexpr int kBlocks = M / kSubspaces;
-  static constexpr int kTokens = 64;  // encoded at a time
-  static constexpr int kShared = kTokens * (D + 1) + kTokens * (kSubspaces * kDsub + 1);  // floats
-};
-
-// One (sequence, KV head) of one side: store the new token; encode the window's oldest page if it is due.
-template <class T>
-__device__ void append_side(const AppendParams& p, const AppendSide& side, int part, float* shared) {
-  constexpr int D = T::D, M = T::M, kDsub = T::kDsub, kDims = T::kSubspaces * kDsub;
-  const int b = blockIdx.x / side.pages.kv_heads, h = blockIdx.x % side.pages.kv_heads;
-  const int length = p.lengths[b], P = side.pages.page_size;
-  if (length <= 0) return;
-  uint16_t* window = static_cast<uint16_t*>(side.window) + int64_t(blockIdx.x) * p.residual * D;
-  if (part == 0)
-    for (int d = threadIdx.x; d < D; d += T::kThreads)
-      window[(length - 1) % p.residual * D + d] =
-          static_cast<const uint16_t*>(side.x)[b * side.stride_batch + h * side.stride_head + d];
-
-  const int old = length - (p.residual - P);  // coded tokens once `length` is a multiple of P past R - P
-  if (old <= 0 || old % P) return;
-  const int begin = old - P;
-  float* rows = shared;                         // [64][D + 1] the page's vectors
-  float* points = shared + T::kTokens * (D + 1);  // [64][kDims + 1] this block's dims of them, rotated
-  for (int first = 0; first < P; first += T::kTokens) {
-    const int count = min(T::kTokens, P - first);
-    __syncthreads();
-    for (int i = threadIdx.x; i < count * D / 2; i += T::kThreads) {
-      const int token = i / (D / 2), pair = i % (D / 2);
-      const int64_t element = int64_t((begin + first + token) % p.residual) * D + 2 * pair;
-      const float2 value = unpack2(*reinterpret_cast<const uint32_t*>(window + element), p.dtype);
-      rows[token * (D + 1) + 2 * pair] = value.x;
-      rows[token * (D + 1) + 2 * pair + 1] = value.y;
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < count * kDims; i += T::kThreads) {
-      const int token = i / kDims, d = part * kDims + i % kDims;
-      float value = rows[token * (D + 1) + d];
-      if (side.quantizer.rotation != nullptr) {
-        const float* rotation = rotation_of_head(side.quantizer, h, D);
-        value = 0.f;
-#pragma unroll 16
-        for (int e = 0; e < D; ++e) value = fmaf(rows[token * (D + 1) + e], __ldg(rotation + e * D + d), value);
-      }
-      points[token * (kDims + 1) + i % kDims] = value;
-    }
-    __syncthreads();
-    const float* centroids =
-        side.quantizer.centroids + (side.quantizer.centroid_heads > 1 ? h : 0) * int64_t(kCentroids) * D;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    for (int k = warp; k < T::kSubspaces; k += T::kThreads / 32) {
-      const int s = part * T::kSubspaces + k;
-      float x[2][kDsub];
-      int code[2];
-#pragma unroll
-      for (int n = 0; n < 2; ++n)
-#pragma unroll
-        for (int j = 0; j < kDsub; ++j) x[n][j] = points[(lane + 32 * n) * (kDims + 1) + k * kDsub + j];
-      nearest<kDsub, 2>(x, centroids + s * kCentroids * kDsub, code);
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        const int token = lane + 32 * n;
-        if (token >= count) continue;
-        const int at = group_position<D, M>(side.pages.layout, token % 16, s);
-        group_chunk(side.pages, b, h, begin + first + token / 16 * 16, M, at / 16)[at % 16] = uint8_t(code[n]);
-      }
-    }
-  }
-}
-
-// Grid (B * Hkv, append blocks of keys + of values).
-template <class K, class V>
-__global__ void __launch_bounds__(K::kThreads) append_kernel(const __grid_constant__ AppendParams p) {
-  static_assert(K::kThreads == V::kThreads, "one block size");
-  __shared__ float shared[K::kShared > V::kShared ? K::kShared : V::kShared];
-  if (int(blockIdx.y) < K::kBlocks) {
-    append_side<K>(p, p.keys, blockIdx.y, shared);
-  } else {
-    append_side<V>(p, p.values, blockIdx.y - K::kBlocks, shared);
   }
 }
 

@@ -23,12 +23,21 @@ struct Quantizer {
   int centroid_heads, rotation_heads;
 };
 
+// Centroids of one dim in ascending order, of all subspaces of a quantizer (encode_sorted.cuh).
+struct SortedCentroids {
+  float* values;   // [Hc, M, 256], or null: scan all centroids
+  uint8_t* codes;  // [Hc, M, 256] what the centroids' numbers were
+};
+
+constexpr int kSortedBytes = kCentroids * 5;  // of one subspace
+
 struct EncodeParams {
   const void* x;  // [B, Hkv, T, D], strides below, the last dimension dense
   int64_t stride_batch, stride_head, stride_token;
   Quantizer quantizer;
   CodePages pages;
-  Grids grids;
+  Grids grids;             // of subspaces of two dims
+  SortedCentroids sorted;  // of one
   int batch, tokens, start;  // x holds the positions start .. start + tokens - 1; multiples of 16
   Dtype dtype;
 };

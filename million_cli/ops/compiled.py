@@ -103,8 +103,9 @@ def pq_encode(
         block_table: int32 [B, max_pages] or None.
         start: first position; it and T are multiples of 16.
 
-    Long inputs in subspaces of two dims are searched through grids, in a transient workspace of
-    `heuristics.encode_workspace_bytes` (16.8 MB for 32 heads of 64 subspaces); the codes are the same.
+    Long inputs in subspaces of one dim are searched in sorted centroids, of two dims through grids, in a
+    transient workspace of `heuristics.encode_workspace_bytes` (16.8 MB for 32 heads of 64 subspaces); the
+    codes are the same.
 
     Raises:
         RuntimeError: a shape or dtype that does not fit; the line names it.
@@ -171,7 +172,7 @@ class DecodePlan:
     @classmethod
     def make(cls, batch: int, q_heads: int, kv_heads: int, head_dim: int, device: torch.device) -> DecodePlan:
         group = q_heads // kv_heads
-        heads = heuristics.heads_per_block(group, head_dim)
+        heads = heuristics.heads_per_block(group)
         sets = batch * kv_heads * heuristics.head_sets(group, heads)
         blocks = heuristics.decode_blocks(
             sets, torch.cuda.get_device_properties(device).multi_processor_count
@@ -273,7 +274,7 @@ def contiguous_decode(
     value_layout: CodeLayout = CodeLayout.ROW,
     out: Tensor | None = None,
 ) -> Tensor:
-    """`paged_decode` over contiguous codes, scores by a table of fp16 entries, in 99 KiB of shared memory.
+    """`paged_decode` over contiguous codes, scores by a table of fp16 entries, in less shared memory.
 
     Args:
         key_codes: uint8 [B, Hkv, capacity, M] rows; capacity is a multiple of P.

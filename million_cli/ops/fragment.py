@@ -18,6 +18,9 @@ from torch import Tensor
 from million_cli.spec import CodeSpec
 
 GROUP = 16
+DSUBS = (1, 2, 4, 8)
+"""Dims of a code that have a fragment order."""
+
 Side = Literal["keys", "values"]
 
 
@@ -27,8 +30,9 @@ def fragment_reason(spec: CodeSpec) -> str | None:
         return f"head_dim={spec.head_dim}, supported are 64 and 128"
     if spec.nbits != 8:
         return f"nbits={spec.nbits}, supported is 8"
-    if spec.dsub not in (2, 4):
-        return f"M={spec.M}, supported are {spec.head_dim // 2} and {spec.head_dim // 4}"
+    if spec.dsub not in DSUBS:
+        accepted = ", ".join(str(spec.head_dim // dsub) for dsub in DSUBS)
+        return f"M={spec.M}, supported are {accepted}"
     return None
 
 
@@ -81,18 +85,31 @@ def _offset(M: int, lane: int, byte: int) -> int:
 
 
 def _key_position(spec: CodeSpec, token: int, s: int) -> int:
-    M, fine = spec.M, spec.dsub == 2
-    g, t = token & 7, s & 3
-    unit, half = (s >> 2) ^ (g & (7 if fine else 3)), token >> 3
-    byte = 4 * (unit % (M // 8)) + 2 * (unit // (M // 8)) + half if fine else 2 * unit + half
-    return _offset(M, 4 * g + t, byte)
+    M, dsub, packed = spec.M, spec.dsub, _packed(spec)
+    g, entry = token & 7, s // packed
+    unit, half = (entry >> 2) ^ (g & (16 // (dsub * packed) - 1)), token >> 3
+    if dsub == 1:
+        byte = 4 * unit + 2 * half + s % 2
+    elif dsub == 2:
+        byte = 4 * (unit % (M // 8)) + 2 * (unit // (M // 8)) + half
+    else:
+        byte = 2 * unit + half
+    return _offset(M, 4 * g + (entry & 3), byte)
 
 
 def _value_position(spec: CodeSpec, token: int, s: int) -> int:
-    M = spec.M
+    M, dsub, packed = spec.M, spec.dsub, _packed(spec)
     t, a = (token & 7) >> 1, (token & 1) + 2 * (token >> 3)
-    if spec.dsub == 4 and M == 32:
-        g, unit = (s & 3) + 4 * (s >> 4), ((s >> 2) & 3) ^ t
+    entry = s // packed
+    if dsub == 8:
+        g, unit = (entry & 7) ^ (2 * t), entry >> 3
+    elif dsub == 4 and M == 32:
+        g, unit = (entry & 3) + 4 * (entry >> 4), ((entry >> 2) & 3) ^ t
     else:
-        g, unit = s & 7, (s >> 3) ^ (t & (min(M // 8, 4) - 1))
-    return _offset(M, 4 * g + t, 4 * unit + a)
+        g, unit = entry & 7, (entry >> 3) ^ (t & (min(M // packed // 8, 4) - 1))
+    return _offset(M, 4 * g + t, 4 * packed * unit + 4 * (s % packed) + a)
+
+
+def _packed(spec: CodeSpec) -> int:
+    """Codes of an entry: those of one dim go in pairs, a word of the decode kernel's table."""
+    return 2 if spec.dsub == 1 else 1

@@ -8,19 +8,25 @@ GRID_BYTES = 16 + 32 * 32 * 8
 MIN_GRID_POINTS = 2048
 """Points a subspace from which building its grid takes less time than it saves."""
 
+SORTED_BYTES = 256 * 5
+"""Of the sorted centroids of a subspace of one dim; agrees with kernels/encode_params.h."""
+
+MIN_SORTED_POINTS = 512
+"""Points a subspace from which sorting its centroids takes less time than it saves."""
+
 MIN_FILL = 0.9
 """Share of the multiprocessors that must stay busy for spans to be aligned with heads."""
 
 
-def heads_per_block(group: int, head_dim: int) -> int:
-    """Query heads that share a block's lookups: 1 without GQA, 4, or 8 of 128 dims from groups of 5 on.
+def heads_per_block(group: int) -> int:
+    """Query heads that share a block's lookups: 1 without GQA, 4, or 8 from groups of 5 on.
 
-    Larger groups take several blocks.  Example: G=8 -> 8, or 4 of 64 dims; G=3 -> 4.
+    Larger groups take several blocks.  Example: G=8 -> 8; G=3 -> 4.
     """
     assert group >= 1
     if group == 1:
         return 1
-    return 8 if group > 4 and head_dim == 128 else 4
+    return 8 if group > 4 else 4
 
 
 def head_sets(group: int, heads: int) -> int:
@@ -69,11 +75,14 @@ def lookup_workspace_bytes(rows: int, head_dim: int, splits: int) -> int:
     return -(-rows * 4 // 256) * 256 + rows * splits * (2 * head_dim + 4) * 4
 
 
-def encode_workspace_bytes(points: int, grids: int, dsub: int) -> int:
-    """Bytes that an encoding of `points` points a subspace needs to search through `grids` = Hc * M grids.
+def encode_workspace_bytes(points: int, subspaces: int, dsub: int) -> int:
+    """Bytes that an encoding of `points` points in each of `subspaces` = Hc * M needs.
 
-    0 is the scan of all centroids, for few points and for other subspaces than of two dims.
+    They hold sorted centroids (one dim a subspace) or grids (two dims).  0 is the kernel without a workspace,
+    for few points and for other subspaces.
 
     Example: 32 heads of 64 subspaces, 32K tokens -> 16.8 MB; a page of 64 tokens -> 0.
     """
-    return grids * GRID_BYTES if dsub == 2 and points >= MIN_GRID_POINTS else 0
+    if dsub == 1 and points >= MIN_SORTED_POINTS:
+        return subspaces * SORTED_BYTES
+    return subspaces * GRID_BYTES if dsub == 2 and points >= MIN_GRID_POINTS else 0

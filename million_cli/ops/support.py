@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from million_cli.ops.build import SHARED_KIB, KernelsUnavailable, device_architectures
-from million_cli.ops.dispatch import DecodeQuery, decode_reason
+from million_cli.ops.dispatch import DecodeQuery, Store, decode_reason
 from million_cli.spec import PQSpec, WindowSpec
 
-Store = Literal["paged", "contiguous"]
+__all__ = ["KernelQuery", "Store", "support"]
 
 
 @dataclass(frozen=True)
@@ -41,10 +40,8 @@ def support(query: KernelQuery) -> str | None:
     try:
         # One library serves all visible GPUs, built for the one with the least shared memory.
         arch = min(device_architectures(), key=SHARED_KIB.__getitem__)
-        if query.store == "contiguous":  # fits in the least there is, so any GPU is as good as the best
-            arch = max(SHARED_KIB, key=SHARED_KIB.__getitem__)
         reasons = (
-            decode_reason(DecodeQuery(arch, query.dtype, spec, query.window, query.group))
+            decode_reason(DecodeQuery(arch, query.dtype, spec, query.window, query.group, query.store))
             for spec in query.specs
         )
         reason = next((reason for reason in reasons if reason is not None), None)

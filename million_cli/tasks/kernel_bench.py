@@ -36,7 +36,7 @@ _ENCODE_REPLAYS = 5  # milliseconds each
 
 @dataclass(frozen=True)
 class Case:
-    """One decode shape; `m_keys` and `m_values` are subspaces (D / 2: 4 bits, D / 4: 2 bits)."""
+    """One decode shape; `m_keys` and `m_values` are subspaces (D: 8 bits, D / 2: 4, D / 4: 2, D / 8: 1)."""
 
     batch: int
     q_heads: int
@@ -60,6 +60,10 @@ CASES = (
     Case(1, 32, 32, 131072, m_keys=32, m_values=32),
     Case(8, 32, 8, 32768, m_keys=64, m_values=32),
     Case(4, 32, 8, 32768, dtype="bfloat16"),
+    Case(1, 32, 32, 131072, m_keys=16, m_values=16),
+    Case(1, 32, 32, 131072, m_keys=128, m_values=128),
+    Case(8, 32, 8, 32768, m_keys=128, m_values=64),
+    Case(8, 32, 8, 32768, m_keys=32, m_values=16),
 )
 """The shapes whose figures are tracked; the dense rows of a shape are measured beside each."""
 
@@ -83,6 +87,8 @@ ENCODE_CASES = (
     EncodeCase(32768, 64, "bfloat16"),
     EncodeCase(32768, 32),
     EncodeCase(32768, 32, "bfloat16"),
+    EncodeCase(32768, 128),
+    EncodeCase(32768, 16),
 )
 """Prompts whose encoding is timed, keys and values together, with a rotation a head and without."""
 

@@ -16,15 +16,17 @@ SHAPES = [
     Shape([300, 47], 8, 2, 64, 32, 32, WindowSpec(16, 48), torch.bfloat16),
     Shape([1000, 512], 4, 2, 128, 64, 64, WindowSpec(256, 512), torch.bfloat16, rotations="layer"),
     Shape([90, 1], 8, 2, tables="layer"),  # nothing is coded
+    Shape([700, 129], 8, 2, 128, 128, 16, rotations="head", first_valid=[3, 0]),
+    Shape([300, 47], 16, 2, 64, 8, 64, WindowSpec(16, 48), torch.bfloat16),
 ]
 
 
-def encode(case: Case, grids: bool) -> None:
-    """A page and a half of keys, by the scan or through grids."""
+def encode(case: Case, tables: bool) -> None:
+    """A page and a half of keys, without or with a workspace for grids or sorted centroids."""
     shape, P = case.shape, case.shape.window.page_size
     Hc, M, _, dsub = case.key_centroids.shape
     workspace = None
-    if grids:
+    if tables:
         size = heuristics.encode_workspace_bytes(1 << 20, Hc * M, dsub)
         workspace = torch.empty(size, dtype=torch.uint8, device=DEVICE)
     B, T = len(shape.lengths), P * case.block_table.shape[1] // 32 * 16
@@ -55,9 +57,9 @@ for i, shape in enumerate(SHAPES):
     case.decode()
     decode(case, CodeLayout.ROW)
     decode(case, CodeLayout.TRANSPOSED)
-    encode(case, grids=False)
-    if i in (0, 3, 4):  # with and without a rotation, both dtypes
-        encode(case, grids=True)
+    encode(case, tables=False)
+    if i in (0, 3, 4, 7):  # with and without a rotation, both dtypes, two dims and one
+        encode(case, tables=True)
     flush(case)
 torch.cuda.synchronize()
 print("done")

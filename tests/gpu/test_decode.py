@@ -7,6 +7,7 @@ import torch
 from cases import Case, Shape
 
 from million_cli.ops import compiled
+from million_cli.ops.fragment import DSUBS
 from million_cli.spec import WindowSpec
 
 # Floor of the bound: where torch's own error is near zero (e.g. one token), ours is a rounding of the output.
@@ -19,13 +20,23 @@ def check(shape: Shape) -> None:
     assert ours <= max(2 * own, FLOOR[shape.dtype]), f"{ours:.2e} against torch's {own:.2e}: {shape}"
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("keys", [2, 4])
-@pytest.mark.parametrize("values", [2, 4])
+@pytest.mark.parametrize("keys", DSUBS)
+@pytest.mark.parametrize("values", DSUBS)
 @pytest.mark.parametrize("group", [1, 4, 8])
-def test_every_instantiation(dtype: torch.dtype, head_dim: int, keys: int, values: int, group: int) -> None:
-    check(Shape([1000, 129, 3000], 2 * group, 2, head_dim, head_dim // keys, head_dim // values, dtype=dtype))
+def test_every_instantiation(head_dim: int, keys: int, values: int, group: int) -> None:
+    """The dtype, which the kernel reads at run time, alternates; so do rotations."""
+    turn = keys.bit_length() + values.bit_length() + group // 4 + head_dim // 64
+    dtype, rotations = (torch.float16, torch.bfloat16)[turn % 2], (None, "head")[turn // 2 % 2]
+    M = head_dim // keys, head_dim // values
+    check(Shape([1000, 129, 3000], 2 * group, 2, head_dim, *M, dtype=dtype, rotations=rotations, seed=turn))
+
+
+@pytest.mark.parametrize("group", [1, 4, 8])
+@pytest.mark.parametrize("dims", [1, 8])
+def test_score_ranges_of_other_widths(dims: int, group: int) -> None:
+    for scores in ("equal", "dominant", "wide"):
+        check(Shape([5000, 300], 2 * group, 2, m_keys=128 // dims, m_values=128 // dims, scores=scores))
 
 
 @pytest.mark.parametrize("group", [2, 3, 5, 6, 7, 8, 12, 16])
@@ -88,8 +99,8 @@ def test_random(seed: int) -> None:
             kv_heads * draw.choice([1, 2, 4, 7, 8]),
             kv_heads,
             head_dim,
-            head_dim // draw.choice([2, 4]),
-            head_dim // draw.choice([2, 4]),
+            head_dim // draw.choice(DSUBS),
+            head_dim // draw.choice(DSUBS),
             WindowSpec(page, page * draw.choice([2, 3])),
             draw.choice([torch.float16, torch.bfloat16]),
             draw.choice(["head", "layer"]),

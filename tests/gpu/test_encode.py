@@ -1,4 +1,4 @@
-"""Encoding on the GPU: nearest centroids up to ties in float32, and grids give the codes of the scan."""
+"""Encoding on the GPU: nearest centroids up to ties in float32; tables give the codes of the scan."""
 
 import pytest
 import torch
@@ -7,12 +7,13 @@ from torch import Tensor
 
 from million_cli.ops import compiled, heuristics
 from million_cli.ops.compiled import CodeLayout
-from million_cli.ops.fragment import FragmentLayout
+from million_cli.ops.fragment import DSUBS, FragmentLayout
 from million_cli.ops.layouts import Layout, RowLayout, TransposedLayout
-from million_cli.spec import CodeSpec, WindowSpec
+from million_cli.spec import CodeSpec
 
-SHAPES = [(128, 64), (128, 32), (64, 32), (64, 16)]
-WAYS = [(D, M, grids) for D, M in SHAPES for grids in (False, True) if not grids or D == 2 * M]
+SHAPES = [(D, D // dsub) for D in (128, 64) for dsub in DSUBS]
+# `tables`: with a workspace, for grids (two dims a subspace) or sorted centroids (one).
+WAYS = [(D, M, tables) for D, M in SHAPES for tables in (False, True) if not tables or 2 * M >= D]
 
 
 def layout_of(kind: CodeLayout, spec: CodeSpec, page: int) -> Layout:
@@ -50,7 +51,7 @@ def check_codes(codes: Tensor, x: Tensor, centroids: Tensor, rotation: Tensor | 
 
 
 def encode_by(
-    grids: bool,
+    tables: bool,
     x: Tensor,
     centroids: Tensor,
     rotation: Tensor | None,
@@ -60,18 +61,18 @@ def encode_by(
     page: int,
     kind: CodeLayout,
 ) -> None:
-    """`pq_encode` through grids or by the scan, whatever the length."""
+    """`pq_encode` with a workspace for tables or without one, whatever the length."""
     Hc, M, _, dsub = centroids.shape
     size = heuristics.encode_workspace_bytes(heuristics.MIN_GRID_POINTS, Hc * M, dsub)
     # What lies in the workspace before does not matter.
-    workspace = torch.full((size,), 255, dtype=torch.uint8, device=DEVICE) if grids else None
+    workspace = torch.full((size,), 255, dtype=torch.uint8, device=DEVICE) if tables else None
     torch.ops.million.pq_encode(x, centroids, rotation, codes, table, workspace, start, page, int(kind))
 
 
 @pytest.mark.parametrize("kind", list(CodeLayout))
-@pytest.mark.parametrize(("D", "M", "grids"), WAYS)
+@pytest.mark.parametrize(("D", "M", "tables"), WAYS)
 @pytest.mark.parametrize(("rotated", "dtype"), [(0, "bfloat16"), (1, "float16"), (1, "bfloat16")])
-def test_pages(kind: CodeLayout, D: int, M: int, grids: bool, rotated: int, dtype: str) -> None:
+def test_pages(kind: CodeLayout, D: int, M: int, tables: bool, rotated: int, dtype: str) -> None:
     B, H, P, T, start = 2, 3, 48, 480, 96
     centroids, rotation = quantizer(D, M, H, bool(rotated))
     layout = layout_of(kind, CodeSpec(D, M, 8), P)
@@ -79,20 +80,20 @@ def test_pages(kind: CodeLayout, D: int, M: int, grids: bool, rotated: int, dtyp
     width = (start + T) // P
     table = torch.randperm(B * width + 1, device=DEVICE)[: B * width].int().view(B, width)
     pool = torch.full((B * width + 1, H, *layout.page_shape), 255, dtype=torch.uint8, device=DEVICE)
-    encode_by(grids, x, centroids, rotation, pool, table, start, P, kind)
+    encode_by(tables, x, centroids, rotation, pool, table, start, P, kind)
     codes = layout.unpack(pool[table.long()].transpose(1, 2)).flatten(2, 3)  # [B, H, width * P, M]
     assert (codes[:, :, :start] == 255).all()
     check_codes(codes[:, :, start:], x, centroids, rotation)
 
 
-def rows(x: Tensor, centroids: Tensor, rotation: Tensor | None, grids: bool | None = None) -> Tensor:
-    """Codes [B, H, T, M] of x; `grids` None leaves the choice to the op's caller."""
+def rows(x: Tensor, centroids: Tensor, rotation: Tensor | None, tables: bool | None = None) -> Tensor:
+    """Codes [B, H, T, M] of x; `tables` None leaves the choice to the op's caller."""
     B, H, T, _ = x.shape
     codes = torch.full((B, H, T, centroids.shape[1]), 7, dtype=torch.uint8, device=DEVICE)
-    if grids is None:
+    if tables is None:
         compiled.pq_encode(x, centroids, rotation, codes, None, start=0, page_size=16, layout=CodeLayout.ROW)
     else:
-        encode_by(grids, x, centroids, rotation, codes, None, 0, 16, CodeLayout.ROW)
+        encode_by(tables, x, centroids, rotation, codes, None, 0, 16, CodeLayout.ROW)
     return codes
 
 
@@ -107,55 +108,60 @@ def test_contiguous(D: int, M: int) -> None:
     assert not codes[:, :, T:].any()
 
 
-@pytest.mark.parametrize("T", [16, 2032, 2048, 2080, 33008])
+@pytest.mark.parametrize(
+    ("M", "T"),
+    [(64, 16), (64, 2032), (64, 2048), (64, 2080), (64, 33008), (128, 496), (128, 528), (128, 20496)],
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_lengths(T: int, dtype: torch.dtype) -> None:
-    """Either side of where grids begin, whole and broken chunks of tokens."""
-    centroids, rotation = quantizer(128, 64, 2, True)
+def test_lengths(M: int, T: int, dtype: torch.dtype) -> None:
+    """Either side of where grids and sorted centroids begin, whole and broken chunks of tokens."""
+    centroids, rotation = quantizer(128, M, 2, True)
     x = torch.randn(1, T, 2, 128, device=DEVICE).to(dtype).transpose(1, 2)
     codes = rows(x, centroids, rotation)
     check_codes(codes, x, centroids, rotation)
-    assert torch.equal(codes, rows(x, centroids, rotation, grids=False))
+    assert torch.equal(codes, rows(x, centroids, rotation, tables=False))
 
 
-@pytest.mark.parametrize("grids", [False, True])
+@pytest.mark.parametrize("tables", [False, True])
 @pytest.mark.parametrize("rotated", [False, True])
-@pytest.mark.parametrize(("offset", "padding"), [(2, 2), (2, 6), (8, 8), (0, 2)])
-def test_rows_that_are_not_aligned(grids: bool, rotated: bool, offset: int, padding: int) -> None:
-    centroids, rotation = quantizer(128, 64, 2, rotated)
+@pytest.mark.parametrize(
+    ("M", "offset", "padding"), [(64, 2, 2), (64, 2, 6), (64, 8, 8), (64, 0, 2), (128, 2, 2), (128, 8, 8)]
+)
+def test_rows_that_are_not_aligned(M: int, tables: bool, rotated: bool, offset: int, padding: int) -> None:
+    centroids, rotation = quantizer(128, M, 2, rotated)
     x = (
         torch.randn(2, 256, 2, 128 + padding, device=DEVICE)
         .half()[..., offset : offset + 128]
         .transpose(1, 2)
     )
     assert torch.equal(
-        rows(x, centroids, rotation, grids), rows(x.contiguous(), centroids, rotation, grids=False)
+        rows(x, centroids, rotation, tables), rows(x.contiguous(), centroids, rotation, tables=False)
     )
 
 
-@pytest.mark.parametrize("grids", [False, True])
-def test_lowest_index_wins_a_tie(grids: bool) -> None:
-    centroids = torch.zeros(1, 64, 256, 2, device=DEVICE)
+@pytest.mark.parametrize(("M", "tables"), [(128, False), (128, True), (64, False), (64, True), (16, False)])
+def test_lowest_index_wins_a_tie(M: int, tables: bool) -> None:
+    centroids = torch.zeros(1, M, 256, 128 // M, device=DEVICE)
     x = torch.randn(1, 1, 16, 128, device=DEVICE).half()
-    assert not rows(x, centroids, None, grids).any()
+    assert not rows(x, centroids, None, tables).any()
     centroids[:, :, 100:] = 1.0  # two distinct centroids, in 100 and 156 copies
-    codes = rows(torch.where(x > 0.5, 1.0, 0.0).half(), centroids, None, grids)
+    codes = rows(torch.where(x > 0.5, 1.0, 0.0).half(), centroids, None, tables)
     assert set(codes.unique().tolist()) <= {0, 100}
 
 
 def codebooks(dsub: int) -> Tensor:
     """[64 / dsub, 256, dsub]: centroids that are hard to search, then random ones of all sizes and places."""
     side = round(256 ** (1 / dsub))
-    lattice = torch.cartesian_prod(*[torch.arange(float(side))] * dsub)
+    lattice = torch.cartesian_prod(*[torch.arange(float(side))] * dsub).view(256, dsub)
     line, turn = torch.randn(256, 1), torch.linspace(0, 6.28, 256)[:, None]
     axis = torch.eye(dsub)
-    uneven = torch.tensor([1.0, 1e-3, 10.0, 1.0])[:dsub]
+    uneven = torch.tensor([1.0, 1e-3, 10.0, 1.0] * 2)[:dsub]
     hard = [
         torch.full((256, dsub), 0.375),
         line * axis[0],
-        line * axis[1],
+        line * axis[-1],
         line.expand(-1, dsub),
-        turn.cos() * axis[0] + turn.sin() * axis[1],
+        turn.cos() * axis[0] + turn.sin() * axis[-1],
         lattice,
         lattice / 3,
         torch.randn(7, dsub)[torch.randint(0, 7, (256,))],
@@ -167,7 +173,7 @@ def codebooks(dsub: int) -> Tensor:
         torch.randn(256, dsub) * 0.01 + 100,
         *(torch.randn(256, dsub) * 10.0**power for power in (3, -4, -19, -22, -39, 18)),
     ]
-    order = torch.randperm(len(hard))[: 64 // dsub]  # of four dims there is room for some
+    order = torch.randperm(len(hard))[: 64 // dsub]  # of four or eight dims there is room for some
     scales = 10.0 ** torch.randn(64 // dsub - len(order), 1, 1)
     rest = (torch.randn(len(scales), 256, dsub) + torch.randn(1, dsub)) * scales
     return torch.cat([torch.stack([hard[i] for i in order]), rest])
@@ -185,10 +191,12 @@ def scanned(x: Tensor, books: Tensor) -> Tensor:
     return torch.stack(codes, 1).byte()
 
 
-@pytest.mark.parametrize(("M", "grids"), [(32, True), (32, False), (16, False)])
+@pytest.mark.parametrize(
+    ("M", "tables"), [(64, True), (64, False), (32, True), (32, False), (16, False), (8, False)]
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("seed", range(3))
-def test_codes_are_those_of_the_scan(M: int, grids: bool, dtype: torch.dtype, seed: int) -> None:
+def test_codes_are_those_of_the_scan(M: int, tables: bool, dtype: torch.dtype, seed: int) -> None:
     """Points on and near centroids, between two of them, spread like them, and far outside."""
     torch.manual_seed(seed)
     books = codebooks(64 // M)
@@ -201,20 +209,20 @@ def test_codes_are_those_of_the_scan(M: int, grids: bool, dtype: torch.dtype, se
     x = points.clamp(-6e4, 6e4).transpose(0, 1).reshape(1, 1, -1, 64).to(DEVICE, dtype)
     books = books.to(DEVICE)
     expected = scanned(x[0, 0].float().unflatten(-1, (M, -1)), books)
-    assert torch.equal(rows(x, books[None], None, grids)[0, 0], expected)
+    assert torch.equal(rows(x, books[None], None, tables)[0, 0], expected)
 
 
-@pytest.mark.parametrize("grids", [False, True])
+@pytest.mark.parametrize("tables", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("D", [64, 128])
-def test_any_invertible_rotation(D: int, dtype: torch.dtype, grids: bool) -> None:
+def test_any_invertible_rotation(D: int, dtype: torch.dtype, tables: bool) -> None:
     """Not orthogonal, entries from 1e-4 to 1e2, columns of different size; centroids are rotated vectors."""
     H, T = 2, 1024
     rotation = torch.randn(H, D, D, device=DEVICE) * 10.0 ** (4 * torch.rand(H, 1, D, device=DEVICE) - 2)
     x = torch.randn(1, H, T, D, device=DEVICE).to(dtype)
     rotated = (x[0, :, :256].double() @ rotation.double()).float()  # [H, 256, D]
     centroids = rotated.unflatten(-1, (D // 2, 2)).transpose(1, 2).contiguous()
-    codes = rows(x, centroids, rotation, grids)
+    codes = rows(x, centroids, rotation, tables)
     check_codes(codes, x, centroids, rotation)
     own = torch.arange(256, device=DEVICE)[None, None, :, None]  # a centroid's own vector, up to rounding
     assert int((codes[:, :, :256] != own).sum()) <= 1e-3 * codes[:, :, :256].numel()
@@ -232,7 +240,7 @@ def test_a_workspace_that_does_not_fit_is_named() -> None:
         torch.ops.million.pq_encode(
             x, torch.zeros(1, 64, 256, 2, device=DEVICE), None, codes, None, small, 0, 16, 0
         )
-    with pytest.raises(RuntimeError, match=r"grids are for subspaces of two dims"):
+    with pytest.raises(RuntimeError, match=r"it is for subspaces of one or two dims"):
         torch.ops.million.pq_encode(
             x,
             torch.zeros(1, 32, 256, 4, device=DEVICE),
@@ -244,43 +252,3 @@ def test_a_workspace_that_does_not_fit_is_named() -> None:
             16,
             0,
         )
-
-
-@pytest.mark.parametrize(("page", "residual"), [(64, 128), (16, 48), (256, 512)])
-@pytest.mark.parametrize("rotated", [False, True])
-def test_append_equals_encode(page: int, residual: int, rotated: bool) -> None:
-    """Tokens appended one by one: window and pages are what encoding all of them at once gives."""
-    B, H, D, MK, MV = 2, 2, 128, 64, 32
-    steps, window = residual + 2 * page + 5, WindowSpec(page, residual)
-    (ck, rk), (cv, rv) = quantizer(D, MK, H, rotated), quantizer(D, MV, H, rotated)
-    x = torch.randn(2, B, H, steps, D, device=DEVICE).half()
-    layouts = [FragmentLayout(CodeSpec(D, M, 8), page, s) for M, s in ((MK, "keys"), (MV, "values"))]
-    width = steps // page + 1
-    table = torch.randperm(B * width, device=DEVICE).int().view(B, width)
-    pools = [
-        torch.zeros(B * width, H, *layout.page_shape, dtype=torch.uint8, device=DEVICE) for layout in layouts
-    ]
-    expected = [torch.zeros_like(pool) for pool in pools]
-    windows = [torch.zeros(B, H, residual, D, dtype=torch.float16, device=DEVICE) for _ in range(2)]
-    lag = torch.tensor([0, 3], dtype=torch.int32, device=DEVICE)  # the second sequence is three tokens behind
-    for step in range(steps):
-        lengths = (step + 1 - lag).clamp(min=0)
-        k, v = (
-            torch.stack([x[side, b, :, max(int(lengths[b]) - 1, 0)] for b in range(B)]) for side in range(2)
-        )
-        compiled.append(k, v, lengths, *windows, *pools, table, ck, cv, rk, rv, page_size=page)
-    for b in range(B):
-        length = steps - int(lag[b])
-        coded = window.coded_length(length)
-        positions = torch.arange(coded, length, device=DEVICE)
-        for side in range(2):
-            assert torch.equal(windows[side][b][:, positions % residual], x[side, b][:, positions])
-            kind = (CodeLayout.FRAGMENT_KEYS, CodeLayout.FRAGMENT_VALUES)[side]
-            compiled.pq_encode(
-                x[side, b : b + 1, :, :coded], (ck, cv)[side], (rk, rv)[side], expected[side],
-                table[b : b + 1],
-                start=0, page_size=page, layout=kind,
-            )  # fmt: skip
-    for side in range(2):
-        different = (pools[side] != expected[side]).sum()
-        assert int(different) <= (1e-4 * pools[side].numel() if rotated else 0)

@@ -35,9 +35,13 @@ class Step:
         )  # fmt: skip
 
 
-@pytest.mark.parametrize(("q_heads", "rotations"), [(2, None), (8, "head")])
-def test_a_thousand_replayed_steps_equal_eager_ones(q_heads: int, rotations: str | None) -> None:
-    shape = Shape([2000, 100, 40], q_heads, 2, rotations=rotations)
+@pytest.mark.parametrize(
+    ("q_heads", "rotations", "M"), [(2, None, (64, 64)), (8, "head", (64, 64)), (16, None, (128, 16))]
+)
+def test_a_thousand_replayed_steps_equal_eager_ones(
+    q_heads: int, rotations: str | None, M: tuple[int, int]
+) -> None:
+    shape = Shape([2000, 100, 40], q_heads, 2, 128, *M, rotations=rotations)
     eager, replayed = Step(shape), Step(shape)
     for step in (eager, replayed):  # the block tables have room for 2000 tokens
         step.case.lengths.fill_(300)

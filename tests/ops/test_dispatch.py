@@ -11,6 +11,7 @@ from million_cli.errors import UserError
 from million_cli.ops import dispatch
 from million_cli.ops.build import source_folder
 from million_cli.ops.dispatch import DecodeQuery, decode_reason
+from million_cli.ops.fragment import DSUBS
 from million_cli.ops.heuristics import heads_per_block
 from million_cli.spec import CodeSpec, PQSpec, WindowSpec
 
@@ -29,7 +30,9 @@ QUERY = DecodeQuery(90, torch.float16, spec(128, 64, 64), WindowSpec(), 4)
         ({"dtype": torch.bfloat16, "spec": spec(64, 32, 16), "group": 16}, None),
         ({"dtype": torch.float32}, "dtype=float32, supported are float16, bfloat16"),
         ({"spec": spec(96, 48, 48)}, "head_dim=96, supported are 64, 128"),
-        ({"spec": spec(128, 64, 16)}, "M=16, supported for head_dim=128 are 64, 32"),
+        ({"spec": spec(128, 128, 16)}, None),
+        ({"spec": spec(64, 8, 64), "store": "contiguous"}, None),
+        ({"spec": spec(128, 64, 8)}, "M=8, supported for head_dim=128 are 128, 64, 32, 16"),
         ({"spec": spec(128, 64, 64, 6)}, "nbits=6, supported is 8"),
         ({"group": 17}, "17 query heads for each key/value head, supported are 1 to 16"),
         ({"arch": 75}, "compute capability 75, supported are 80, 86, 87, 89, 90, 100, 103, 120, 121"),
@@ -38,7 +41,13 @@ QUERY = DecodeQuery(90, torch.float16, spec(128, 64, 64), WindowSpec(), 4)
             "compute capability 89 gives a block 99 KiB of shared memory, "
             "the tables of head_dim=128 need 163",
         ),
-        ({"arch": 89, "spec": spec(64, 32, 32)}, None),
+        ({"arch": 89, "spec": spec(64, 64, 8)}, None),
+        ({"arch": 89, "spec": spec(128, 64, 128), "store": "contiguous"}, None),
+        (
+            {"arch": 89, "spec": spec(128, 128, 64), "store": "contiguous"},
+            "compute capability 89 gives a block 99 KiB of shared memory, "
+            "the tables of head_dim=128 with M=128 of keys need 131",
+        ),
     ],
 )
 def test_reasons(change: dict[str, object], reason: str | None) -> None:
@@ -61,7 +70,7 @@ def test_the_table_is_what_is_instantiated() -> None:
             found.add(shape)
     groups = range(1, dispatch.MAX_GROUP + 1)
     expected = {
-        tuple(map(str, (D, D // k, D // v, heads_per_block(group, D))))
-        for D, k, v, group in product(dispatch.HEAD_DIMS, dispatch.DSUBS, dispatch.DSUBS, groups)
+        tuple(map(str, (D, D // k, D // v, heads_per_block(group))))
+        for D, k, v, group in product(dispatch.HEAD_DIMS, DSUBS, DSUBS, groups)
     }
     assert found == expected

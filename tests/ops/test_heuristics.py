@@ -10,6 +10,7 @@ from million_cli.ops.build import source_folder
 from million_cli.ops.heuristics import (
     GRID_BYTES,
     MIN_FILL,
+    SORTED_BYTES,
     decode_blocks,
     encode_workspace_bytes,
     head_sets,
@@ -21,19 +22,11 @@ from million_cli.ops.heuristics import (
 
 
 @pytest.mark.parametrize(
-    ("group", "head_dim", "heads", "sets"),
-    [
-        (1, 128, 1, 1),
-        (2, 128, 4, 1),
-        (4, 128, 4, 1),
-        (5, 128, 8, 1),
-        (8, 128, 8, 1),
-        (16, 128, 8, 2),
-        (8, 64, 4, 2),
-    ],
+    ("group", "heads", "sets"),
+    [(1, 1, 1), (2, 4, 1), (4, 4, 1), (5, 8, 1), (8, 8, 1), (9, 8, 2), (16, 8, 2)],
 )
-def test_heads(group: int, head_dim: int, heads: int, sets: int) -> None:
-    assert heads_per_block(group, head_dim) == heads
+def test_heads(group: int, heads: int, sets: int) -> None:
+    assert heads_per_block(group) == heads
     assert head_sets(group, heads) == sets
 
 
@@ -64,17 +57,21 @@ def test_lookup_table_kernel() -> None:
 
 
 @pytest.mark.parametrize(
-    ("points", "grids", "dsub", "expected"),
+    ("points", "subspaces", "dsub", "expected"),
     [
         (32768, 32 * 64, 2, 32 * 64 * (8192 + 16)),
         (2048, 64, 2, 64 * (8192 + 16)),
         (2047, 64, 2, 0),
         (64, 2048, 2, 0),
+        (32768, 32 * 128, 1, 32 * 128 * 1280),
+        (512, 128, 1, 128 * 1280),
+        (511, 128, 1, 0),
         (1 << 20, 2048, 4, 0),
+        (1 << 20, 2048, 8, 0),
     ],
 )
-def test_grids_are_built_where_they_pay(points: int, grids: int, dsub: int, expected: int) -> None:
-    assert encode_workspace_bytes(points, grids, dsub) == expected
+def test_tables_are_made_where_they_pay(points: int, subspaces: int, dsub: int, expected: int) -> None:
+    assert encode_workspace_bytes(points, subspaces, dsub) == expected
 
 
 def test_the_grid_is_as_large_as_the_kernels_say() -> None:
@@ -82,3 +79,8 @@ def test_the_grid_is_as_large_as_the_kernels_say() -> None:
     side = int(re.search(r"kSide = (\d+)", text)[1])
     listed = int(re.search(r"kListed = (\d+)", text)[1])
     assert 16 + side * side * listed == GRID_BYTES
+
+
+def test_sorted_centroids_are_as_large_as_the_kernels_say() -> None:
+    text = (source_folder() / "encode_params.h").read_text()
+    assert 256 * int(re.search(r"kSortedBytes = kCentroids \* (\d+);", text)[1]) == SORTED_BYTES

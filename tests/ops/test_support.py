@@ -11,6 +11,7 @@ import torch
 
 from million_cli.ops import compiled, support
 from million_cli.ops.build import KernelsUnavailable
+from million_cli.ops.fragment import DSUBS
 from million_cli.ops.support import KernelQuery
 from million_cli.spec import CodeSpec, PQSpec, WindowSpec
 
@@ -34,13 +35,13 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[None]:
 
 
 def test_every_supported_case(loads: list[None]) -> None:
-    cases = product((64, 128), (2, 4), (2, 4), (torch.float16, torch.bfloat16), (1, 4, 8, 16), (16, 64, 256))
+    cases = product((64, 128), DSUBS, DSUBS, (torch.float16, torch.bfloat16), (1, 8, 16), (16, 256))
     for D, key_dims, value_dims, dtype, group, P in cases:
         codes = spec(D, D // key_dims, D // value_dims)
         query = replace(QUERY, specs=(codes, codes), dtype=dtype, group=group, window=WindowSpec(P, 2 * P))
         assert support.support(query) is None
         assert support.support(replace(query, store="contiguous")) is None
-    assert len(loads) == 2 * (2 * 2 * 2 * 2 * 4 * 3)
+    assert len(loads) == 2 * (2 * 4 * 4 * 2 * 3 * 2)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,7 @@ def test_every_supported_case(loads: list[None]) -> None:
         ({"softcap": True}, "softcapped"),
         ({"dtype": torch.float32}, "dtype=float32"),
         ({"specs": (spec(96, 48, 48),)}, "head_dim=96"),
-        ({"specs": (spec(128, 64, 64), spec(128, 64, 16))}, "M=16"),
+        ({"specs": (spec(128, 64, 64), spec(128, 64, 8))}, "M=8"),
         ({"specs": (spec(128, 64, 64, 6),)}, "nbits=6"),
         ({"group": 17}, "17 query heads"),
     ],
@@ -68,6 +69,8 @@ def test_the_weakest_gpu_decides(loads: list[None], monkeypatch: pytest.MonkeyPa
     assert "compute capability 89" in str(support.support(QUERY))
     assert support.support(replace(QUERY, specs=(spec(64, 32, 32),))) is None
     assert support.support(replace(QUERY, store="contiguous")) is None, "it needs less shared memory"
+    fine = replace(QUERY, store="contiguous", specs=(spec(128, 64, 64), spec(128, 128, 64)))
+    assert "M=128 of keys need 131" in str(support.support(fine))
 
 
 def test_kernels_that_are_not_to_be_had(loads: list[None], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import pytest
 
 from million_cli.errors import UserError
+from million_cli.ops.fragment import DSUBS
 from million_cli.tasks import kernel_bench
 from million_cli.tasks.kernel_bench import CASES, COLUMNS, ENCODE_CASES, LOOKUP_CASES, Case, Config
 
@@ -42,7 +43,7 @@ def test_cases_are_distinct_shapes_of_whole_groups() -> None:
     assert set(LOOKUP_CASES) <= set(CASES)
     for case in CASES:
         assert case.q_heads % case.kv_heads == 0
-        assert {case.m_keys, case.m_values} <= {case.head_dim // 2, case.head_dim // 4}
+        assert {case.m_keys, case.m_values} <= {case.head_dim // dsub for dsub in DSUBS}
 
 
 def test_without_conditions_every_case_is_measured() -> None:
@@ -54,7 +55,9 @@ def test_conditions_hold_together() -> None:
     config = Config(dtype=["float16"], heads=["32/8"], batch=[1, 8], context=[32768], encode=False)
     assert config.encode_cases() == ()
     found = config.decode_cases()
-    assert {(c.batch, c.m_keys, c.m_values) for c in found} == {(1, 64, 64), (8, 64, 64), (8, 64, 32)}
+    assert {(c.batch, c.m_keys, c.m_values) for c in found} == {
+        (1, 64, 64), (8, 64, 64), (8, 64, 32), (8, 128, 64), (8, 32, 16),
+    }  # fmt: skip
     assert all((c.q_heads, c.kv_heads, c.context, c.dtype) == (32, 8, 32768, "float16") for c in found)
 
 

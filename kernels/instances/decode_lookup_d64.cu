@@ -1,0 +1,3 @@
+#include "../lookup_launch.cuh"
+
+template cudaError_t million::lookup_decode<64>(const LookupDecodeParams&, int, int, int, cudaStream_t);
