@@ -94,7 +94,10 @@ def load(config: Config) -> Material:
     from lm_eval.tasks import TaskManager
 
     _quiet()
-    manager = TaskManager(include_path=config.path)
+    # To index the harness's own tasks takes seconds: those of a folder rarely need them.
+    manager = TaskManager(include_path=config.path, include_defaults=config.path is None)
+    if not set(config.tasks) <= set(manager.all_subtasks):
+        manager = TaskManager(include_path=config.path)
     for name in config.tasks:
         if name not in manager.all_tasks:
             raise UserError(f"task.tasks={name}: no such task; `lm-eval ls tasks` lists those of the harness")
