@@ -22,16 +22,15 @@ from transformers import PreTrainedModel
 
 from million_cli.errors import UserError
 from million_cli.integration.engine import COMPILES, Compile
-from million_cli.integration.models import load_model, random_model, resolve_device
+from million_cli.integration.models import fingerprint, load_model, random_model, resolve_device
 from million_cli.journal import Journal
 from million_cli.pipelines import Result
 from million_cli.pipelines.config import JobConfig, typed
-from million_cli.pipelines.runners import BITS, make_runner, random_codebook
+from million_cli.pipelines.runners import layer_codes, make_runner, random_codebook
 from million_cli.pipelines.session import Session
 from million_cli.pq.codebook import Codebook
 from million_cli.progress import progress
 from million_cli.results import CHECKOUT, Scalar, git_commit, now, version, write_rows
-from million_cli.spec import CodeSpec, PQSpec
 from million_cli.tasks.e2e import COLUMNS, Case, Config, Runner, Times, largest_batch, measure_round
 
 logger = logging.getLogger("million")
@@ -284,14 +283,14 @@ class Bench:
 
     def _codebook(self, model: PreTrainedModel, impl: str) -> Codebook | None:
         bits = impl.partition("-")[2]
-        if bits not in BITS:
-            return None
         if bits not in self._codebooks:
-            self._codebooks = {}  # one at a time: they are large
-            config = model.config.get_text_config(decoder=True)
-            D = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-            keys, values = (CodeSpec(D, D // dsub, 8) for dsub in BITS[bits])
-            self._codebooks[bits] = random_codebook(model, PQSpec(keys, values), self.seed)
+            print_ = fingerprint(model)
+            specs = layer_codes(bits, len(print_.layers), print_.head_dim)
+            if specs is None:
+                return None
+            self._codebooks = {
+                bits: random_codebook(model, specs, self.seed)
+            }  # one at a time: they are large
         return self._codebooks[bits]
 
     def row(self, case: Case, impl: str, measured: Row) -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,9 +24,23 @@ from million_cli.tasks.e2e import Case, Runner
 
 BITS = {"4bit": (2, 2), "3bit": (2, 4), "2bit": (4, 4)}
 """Dimensions of a subspace of keys and of values, 8-bit codes."""
+MIXED = "4bit-mixed"
+"""4 bits on average as budgets spend them: the last eighth of the layers has 8, the first quarter 2."""
 
 
-def random_codebook(model: PreTrainedModel, spec: PQSpec, seed: int) -> Codebook:
+def layer_codes(bits: str, layers: int, head_dim: int) -> list[PQSpec] | None:
+    """Codes of each layer for a name of `BITS` or `MIXED`; None for another."""
+    if bits == MIXED:
+        fine = layers // 8
+        both = [(4, 4)] * (2 * fine) + [(2, 2)] * (layers - 3 * fine) + [(1, 1)] * fine
+    elif bits in BITS:
+        both = [BITS[bits]] * layers
+    else:
+        return None
+    return [PQSpec(*(CodeSpec(head_dim, head_dim // dsub, 8) for dsub in pair)) for pair in both]
+
+
+def random_codebook(model: PreTrainedModel, specs: Sequence[PQSpec], seed: int) -> Codebook:
     """Random centroids and rotations, a layer and KV head: right for times and memory, useless otherwise.
 
     As in trained codebooks, keys and values have one each: queries and outputs pass through a matrix.
@@ -34,11 +49,11 @@ def random_codebook(model: PreTrainedModel, spec: PQSpec, seed: int) -> Codebook
     generator = torch.Generator(model.device).manual_seed(seed)
     L, Hkv, D = len(print_.layers), print_.num_kv_heads, print_.head_dim
 
-    def side(of: CodeSpec) -> ProductQuantizer:
+    def side(codes: tuple[CodeSpec, ...]) -> ProductQuantizer:
         options: dict[str, Any] = {"generator": generator, "device": model.device}
-        centroids = tuple(torch.randn(Hkv, of.M, of.C, of.dsub, **options) for _ in range(L))
+        centroids = tuple(torch.randn(Hkv, of.M, of.C, of.dsub, **options) for of in codes)
         rotation = torch.linalg.qr(torch.randn(L * Hkv, D, D, **options))[0].view(L, Hkv, D, D)
-        return ProductQuantizer((of,) * L, "head", centroids, Transform.rotation(rotation.contiguous()))
+        return ProductQuantizer(codes, "head", centroids, Transform.rotation(rotation.contiguous()))
 
     meta = CodebookMeta(
         fingerprint=print_,
@@ -57,7 +72,8 @@ def random_codebook(model: PreTrainedModel, spec: PQSpec, seed: int) -> Codebook
         key_error=[],
         value_error=[],
     )
-    return Codebook(side(spec.keys), side(spec.values), meta)
+    keys, values = (tuple(codes) for codes in zip(*((of.keys, of.values) for of in specs), strict=True))
+    return Codebook(side(keys), side(values), meta)
 
 
 class EngineRunner:

@@ -19,7 +19,7 @@ from million_cli.errors import UserError
 from million_cli.tasks.base import Scalar
 
 WHATS = ("speed", "largest", "breakdown")
-PQ_IMPLS = ("paged-4bit", "paged-3bit", "paged-2bit", "contiguous-4bit")
+PQ_IMPLS = ("paged-4bit", "paged-3bit", "paged-2bit", "contiguous-4bit", "paged-4bit-mixed")
 TRANSFORMERS_IMPLS = (
     "transformers-dynamic",
     "transformers-static",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from statistics import fmean
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 from million_cli.hydra_app import compose
 from million_cli.pipelines import e2e, run
 from million_cli.pipelines.e2e import Bench, DeviceLost, main
-from million_cli.pipelines.runners import EngineRunner
+from million_cli.pipelines.runners import EngineRunner, layer_codes
 from million_cli.tasks.e2e import COLUMNS, Config
 
 CPU = torch.device("cpu")
@@ -41,7 +42,7 @@ def _plain_calls(monkeypatch):
 
 
 def test_rows_of_all_caches(tmp_path):
-    impls = [*IMPLS, "transformers-static", "paged-3bit", "paged-2bit", "contiguous-4bit"]
+    impls = [*IMPLS, "transformers-static", "paged-3bit", "paged-2bit", "contiguous-4bit", "paged-4bit-mixed"]
     rows = bench(tmp_path, case(impls)).run()
     assert read(tmp_path / "e2e.csv")[0].keys() == set(COLUMNS)
     assert [(row["impl"], row["status"]) for row in rows] == [(impl, "ok") for impl in impls]
@@ -57,6 +58,15 @@ def test_rows_of_all_caches(tmp_path):
     assert found["paged-4bit"]["codebook"] == "random"
     assert "paged torch" in found["paged-4bit"]["detail"]
     assert found["dense"]["detail"].startswith("steps, sdpa default")
+
+
+def test_bits_by_layer_average_to_those_of_the_name():
+    for bits, expected in (("4bit", 4), ("3bit", 3), ("2bit", 2), ("4bit-mixed", 4)):
+        specs = layer_codes(bits, 32, 128)
+        assert fmean((of.keys.bits_per_element + of.values.bits_per_element) / 2 for of in specs) == expected
+        assert len(specs) == 32
+    assert [of.keys.M for of in layer_codes("4bit-mixed", 8, 64)] == [16, 16, 32, 32, 32, 32, 32, 64]
+    assert layer_codes("dense", 32, 128) is None
 
 
 def test_all_caches_make_the_same_kind_of_step(tmp_path, monkeypatch):
