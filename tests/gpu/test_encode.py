@@ -206,7 +206,7 @@ def test_codes_are_those_of_the_scan(M: int, tables: bool, dtype: torch.dtype, s
     spread = books.mean(1, keepdim=True) + torch.randn_like(one) * size
     far = books.mean(1, keepdim=True) + torch.randn_like(one) * size * 50
     points = torch.cat([one, near, (one + two) / 2, spread, far], 1)  # [M, 5120, dsub]
-    x = points.clamp(-6e4, 6e4).transpose(0, 1).reshape(1, 1, -1, 64).to(DEVICE, dtype)
+    x = points.clamp(-6e4, 6e4).transpose(0, 1).reshape(1, 1, -1, 64).to(DEVICE, dtype).contiguous()
     books = books.to(DEVICE)
     expected = scanned(x[0, 0].float().unflatten(-1, (M, -1)), books)
     assert torch.equal(rows(x, books[None], None, tables)[0, 0], expected)
