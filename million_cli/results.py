@@ -228,7 +228,12 @@ def version(package: str) -> str:
 
 @cache
 def git_commit() -> str:
-    """The commit of the checkout this package runs from, `+dirty` if tracked files differ, "" outside one."""
+    """The commit of the checkout this package runs from, `+dirty` if tracked files differ, "" outside one.
+
+    $MILLION_COMMIT says it for a copy of a checkout that has no history.
+    """
+    if said := os.environ.get("MILLION_COMMIT"):
+        return said
     if not (CHECKOUT / "pyproject.toml").is_file():
         return ""
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -14,6 +12,7 @@ from pathlib import Path
 import torch
 
 from million_cli.ops.build import compiler, suite_digest
+from million_cli.results import git_commit
 
 
 def sanitizer(log: Path) -> str:
@@ -25,13 +24,6 @@ def sanitizer(log: Path) -> str:
     if "exit code 0" in text and "done" in text and found and re.match(r"0 (errors|hazards)", found[-1]):
         return "clean"
     return found[-1] if found else "failed: " + text.strip().splitlines()[-1]
-
-
-def commit() -> str:
-    if os.environ.get("COMMIT"):
-        return os.environ["COMMIT"]
-    run = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    return run.stdout.strip() or "unknown"
 
 
 def main(work: Path, out: Path) -> None:
@@ -49,7 +41,7 @@ def main(work: Path, out: Path) -> None:
         "racecheck": sanitizer(work / "racecheck.log"),
         "torch": torch.__version__,
         "compiler": compiler()[1],
-        "commit": commit(),
+        "commit": git_commit(),
         "sha256": suite_digest(),
     }
     folder = out / re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
