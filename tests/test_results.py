@@ -173,6 +173,7 @@ def test_the_commit_of_a_checkout_is_recorded_and_changes_are_marked(tmp_path, m
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-qm", "first")
     monkeypatch.setattr(results, "CHECKOUT", tmp_path)
+    monkeypatch.delenv("MILLION_COMMIT", raising=False)
     found = []
     for change in (None, "changed"):
         if change:
@@ -182,6 +183,9 @@ def test_the_commit_of_a_checkout_is_recorded_and_changes_are_marked(tmp_path, m
     git_commit.cache_clear()
     head = git(tmp_path, "rev-parse", "HEAD")[:12]
     assert found == [head, head + "+dirty"]
+    monkeypatch.setenv("MILLION_COMMIT", "0123abc")
+    assert git_commit() == "0123abc"
+    git_commit.cache_clear()
 
 
 def test_outside_a_checkout_there_is_no_commit(tmp_path, monkeypatch):
