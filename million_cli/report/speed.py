@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -150,10 +151,15 @@ def paint_bars(figure: Any, lines: dict[str, list[Row]]) -> None:
 
 
 def log_times(axes: Any) -> None:
-    """A logarithmic axis of times with plain numbers at 1, 2 and 5."""
+    """A logarithmic axis of the times that are drawn, with plain numbers at 1, 2 and 5, also at its ends."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axes.set_yscale("log")
+    low, high = axes.dataLim.intervaly
+    if 0 < low <= high < math.inf:
+        decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
+        marks = [digit * 10.0**decade for decade in decades for digit in (1, 2, 5)]
+        axes.set_ylim(max(m for m in marks if m < 0.97 * low), min(m for m in marks if m > 1.03 * high))
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
