@@ -79,6 +79,7 @@ class Reservoir:
         self._priorities = _put(priorities[:old], slots, priorities[old:][entering])
         self._positions = _put(positions[:old], slots, positions[old:][entering])
 
+    @torch.inference_mode()  # the store may have been allocated in it
     def weigh(self, positions: np.ndarray, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Note squared gradients of tokens (see `Information.read`); those not kept are passed over.
 

@@ -200,7 +200,7 @@ class SampleConfig:
             the text is, they show what the model's heads do when they copy.
         code: share of windows of source code (the shipped `python-excerpt`): codebooks of prose alone lose
             twice as much on code, and those with some code in them lose nothing on prose.
-        information: tokens, at most, of which gradients are gathered for `pq.metric` and `pq.weights`; 0: none.
+        information: tokens, at most, whose gradients are gathered (see `pq.metric`, `pq.weights`); 0: none.
     """
 
     tokens: int = 65_536
