@@ -59,6 +59,7 @@ SETTINGS = {
     "value_rotation": "config.quantizer.values.rotation",
     "key_metric": "config.quantizer.keys.metric",
     "value_metric": "config.quantizer.values.metric",
+    "weighting": "config.quantizer.weighting",
     "budget_bits": "config.quantizer.bits",
     "widths": "config.quantizer.widths",
     "code_share": "config.sample.code",

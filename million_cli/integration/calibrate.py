@@ -39,13 +39,17 @@ def train_codebook(
         context_tokens: the text is read in contexts of that many tokens.
         information_tokens: the Fisher information is gathered from about that many.
         settings: scope, rotation, metric, trainer and seed; the default is a codebook and a transform a layer
-            and head, fitted in the metric of the Fisher information.
+            and head, fitted in the metric of the Fisher information and weighted by gradients.
 
     Raises:
         UserError: a text that is empty, or an argument out of range.
     """
     settings = settings or train.TrainSpec(
-        key_rotation="opq", value_rotation="opq", key_metric="fisher", value_metric="fisher"
+        key_rotation="opq",
+        value_rotation="opq",
+        key_metric="fisher",
+        value_metric="fisher",
+        weighting="gradient",
     )
     if context_tokens < 1:
         raise UserError(f"context_tokens={context_tokens}: accepted are 1 and more")
@@ -59,10 +63,11 @@ def train_codebook(
     information = Information(model, seed=settings.seed)
     differentiable = "fisher" in (settings.key_metric, settings.value_metric)
     for context in token_ids.split(context_tokens):
+        first = cache.seen
         read_text(model, cache, context[None])
         if differentiable and information.read_tokens < information_tokens:
             try:
-                information.read(context[None])
+                cache.weigh(information.read(context[None]), first)
             except NoGradients:  # the card says that the metric is the plain one
                 differentiable = False
                 information.forget()
@@ -74,6 +79,7 @@ def train_codebook(
         cache.fingerprint,
         settings,
         information=information.mean(),
+        squares=cache.squares(),
         calibration=f"{len(text)} characters given by the caller",
         calibration_sha256=hashlib.sha256(text.encode("utf-8")).hexdigest(),
         tokens=len(token_ids),

@@ -20,6 +20,9 @@ from million_cli.integration.baselines.simulated import SimulatedCache
 from million_cli.integration.models import fingerprint
 from million_cli.spec import WindowSpec
 
+Squares = tuple[Tensor, Tensor]
+"""|g|^2 of the coded keys and values of a layer, float32 `[B, Hkv, coded]` each."""
+
 
 class NoGradients(RuntimeError):  # noqa: N818 (a state, as PagePoolExhausted)
     """The model cannot be differentiated with respect to its keys and values."""
@@ -43,10 +46,13 @@ class Information:
         self._vectors = 0  # of each head
         self.read_tokens = 0
 
-    def read(self, input_ids: Tensor) -> None:
+    def read(self, input_ids: Tensor) -> list[Squares]:
         """Add the vectors of texts `[B, T]` int64; those of a text too short to be coded add nothing.
 
         The weights get no gradients.  Memory is that of the activations of one forward pass.
+
+        Returns:
+            The squared gradients of each layer, of the tokens from the first to the last that is coded.
 
         Raises:
             NoGradients: the model's layers do not pass gradients on, or give NaN or infinity.
@@ -70,7 +76,7 @@ class Information:
                 raise NoGradients(str(error).splitlines()[0]) from error
         self.read_tokens += input_ids.numel()
         if not inputs:
-            return
+            return []
         for i, gradient in enumerate(gradients):
             if gradient is None:
                 raise NoGradients(f"keys or values of layer {i // 2} do not reach the logits")
@@ -80,6 +86,8 @@ class Information:
                 raise NoGradients(f"gradients of layer {i // 2} hold NaN or infinity in {g.dtype}")
             self._sums["values" if i % 2 else "keys"][i // 2] += moment.cpu().double()
         self._vectors += gradients[0][:, 0].flatten(0, -2).shape[0]
+        squares = [g.float().square().sum(-1).flatten(2) for g in gradients]
+        return list(zip(squares[::2], squares[1::2], strict=True))
 
     def forget(self) -> None:
         """Drop what was gathered."""

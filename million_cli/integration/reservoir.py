@@ -38,6 +38,7 @@ class Reservoir:
         self._positions = np.empty(0, dtype=np.int64)
         self._keys: torch.Tensor | None = None  # [Hkv, capacity, D] on the CPU, slots in no order
         self._values: torch.Tensor | None = None
+        self._squares: torch.Tensor | None = None  # [2, Hkv, capacity] of keys and values
 
     def __len__(self) -> int:
         return len(self._priorities)
@@ -78,6 +79,34 @@ class Reservoir:
         self._priorities = _put(priorities[:old], slots, priorities[old:][entering])
         self._positions = _put(positions[:old], slots, positions[old:][entering])
 
+    @torch.inference_mode()  # the store may have been allocated in it
+    def weigh(self, positions: np.ndarray, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Note squared gradients of tokens (see `Information.read`); those not kept are passed over.
+
+        Args:
+            positions: `[t]`, which tokens, counted from the first that was ever offered.
+            keys: `[Hkv, t]`, of their keys.
+            values: `[Hkv, t]`, of their values.
+        """
+        _, slots, found = np.intersect1d(self._positions, positions, assume_unique=True, return_indices=True)
+        if self._squares is not None and len(found):
+            at = torch.from_numpy(found).to(keys.device)
+            noted = torch.stack([keys[:, at], values[:, at]]).float().cpu()
+            self._squares[:, :, torch.from_numpy(slots)] = noted
+
+    def squares(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Squared gradients of the sampled keys and values, float32 `[Hkv, n]`, as `contents` orders them.
+
+        -1 where nothing was noted.
+
+        Raises:
+            UserError: no token was seen yet.
+        """
+        if self._squares is None:
+            raise UserError("the sample is empty: no token was read")
+        keys, values = self._squares[:, :, torch.from_numpy(np.argsort(self._positions))]
+        return keys, values
+
     def contents(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The sample as keys and values `[Hkv, n, D]`, in the order in which the tokens were seen.
 
@@ -92,10 +121,13 @@ class Reservoir:
     def state(self) -> dict[str, torch.Tensor]:
         """All that `restore` needs to go on exactly, as tensors."""
         keys, values = self.contents()
+        key_squares, value_squares = self.squares()
         order = np.argsort(self._positions)
         return {
             "keys": keys,
             "values": values,
+            "key_squares": key_squares,
+            "value_squares": value_squares,
             "positions": torch.from_numpy(self._positions[order]),
             "priorities": torch.from_numpy(self._priorities[order].view(np.int64)),
             "seen": torch.tensor(self.seen),
@@ -107,11 +139,13 @@ class Reservoir:
         self._positions = state["positions"].numpy().copy()
         self._priorities = state["priorities"].numpy().view(np.uint64).copy()
         assert len(self) == min(self.seen, self.capacity)
-        self._keys = self._values = None
+        self._keys = self._values = self._squares = None
         keys, values = state["keys"], state["values"]
         self._allocate(keys, values)
         self._keys[:, : len(self)] = keys  # type: ignore[index]
         self._values[:, : len(self)] = values  # type: ignore[index]
+        noted = torch.stack([state["key_squares"], state["value_squares"]])
+        self._squares[:, :, : len(self)] = noted  # type: ignore[index]
         self._generator = np.random.Philox(key=self._philox_key)
         self._generator.advance(self.seen // 4)  # one step of Philox makes four outputs
         self._generator.random_raw(self.seen % 4)
@@ -131,12 +165,14 @@ class Reservoir:
         at = torch.from_numpy(slots)
         self._keys[:, at] = new_keys  # type: ignore[index]
         self._values[:, at] = new_values  # type: ignore[index]
+        self._squares[:, :, at] = -1.0  # type: ignore[index]
 
     def _allocate(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         if self._keys is None:
             heads, _, head_dim = keys.shape
             self._keys = torch.empty(heads, self.capacity, head_dim, dtype=keys.dtype)
             self._values = torch.empty(heads, self.capacity, values.shape[-1], dtype=values.dtype)
+            self._squares = torch.full((2, heads, self.capacity), -1.0)
 
 
 def _put(array: np.ndarray, slots: np.ndarray, new: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
@@ -15,13 +16,14 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from million_cli.errors import UserError
 from million_cli.files import read_safetensors, write_safetensors, write_text
 from million_cli.integration.compat import reset_dense_layer
+from million_cli.integration.information import Squares
 from million_cli.integration.models import fingerprint
 from million_cli.integration.reservoir import Reservoir
 from million_cli.spec import ModelFingerprint
 
 _MANIFEST = "manifest.json"
 _INFORMATION = "information"
-_FORMAT = 2
+_FORMAT = 3  # 3: squared gradients of the sampled tokens
 
 
 class SamplingLayer(DynamicLayer):
@@ -83,6 +85,26 @@ class SamplingCache(Cache):
         self.mask = None
         for layer in self.layers:
             reset_dense_layer(layer)
+
+    def weigh(self, squares: Sequence[Squares], first: int, stride: int = 1) -> None:
+        """Note what `Information.read` gave for one text, which was sampled without padding.
+
+        Args:
+            squares: `[1, Hkv, coded]` of keys and of values, for each layer; none if the text was too short.
+            first: the text's first token, counted from the first that was ever sampled.
+            stride: texts that were sampled in one batch: their tokens alternate.
+        """
+        for reservoir, (keys, values) in zip(self.reservoirs.values(), squares, strict=False):
+            reservoir.weigh(first + stride * np.arange(keys.shape[-1]), keys[0], values[0])
+
+    def squares(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Squared gradients of the samples of keys and of values, `[L, Hkv, n]`; -1 where not known.
+
+        Raises:
+            UserError: no text was read yet.
+        """
+        keys, values = zip(*(one.squares() for one in self.reservoirs.values()), strict=True)
+        return torch.stack(keys), torch.stack(values)
 
     def samples(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `[L, Hkv, n, D]` on the CPU, L over the full-attention layers.
@@ -195,7 +217,7 @@ class Samples:
         return read_safetensors(self.folder / self.manifest["shards"][str(layer)], names)[0]
 
     def layer(self, layer: int, side: str) -> torch.Tensor:
-        """`keys` or `values` `[Hkv, n, D]` of a layer, by the model's layer index.
+        """`keys` or `values` `[Hkv, n, D]` of a layer, or their squares, by the model's layer index.
 
         Raises:
             UserError: the shard is missing, damaged or holds NaN.
@@ -211,6 +233,11 @@ class Samples:
         """Keys and values, each read a layer at a time when asked for."""
         layers = self.fingerprint.layers
         return SampledSide(self, layers, "keys"), SampledSide(self, layers, "values")
+
+    def squares(self) -> tuple[SampledSide, SampledSide]:
+        """Squared gradients of keys and of values, `[Hkv, n]` a layer; -1 where not known."""
+        layers = self.fingerprint.layers
+        return SampledSide(self, layers, "key_squares"), SampledSide(self, layers, "value_squares")
 
     def stacked(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `[L, Hkv, n, D]`, L over the full-attention layers.
@@ -233,7 +260,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class SampledSide:
-    """The `keys` or `values` in a folder of samples, a layer `[Hkv, n, D]` in memory at a time."""
+    """The `keys`, `values` or squares in a folder of samples, a layer in memory at a time."""
 
     samples: Samples
     layers: tuple[int, ...]

@@ -22,6 +22,7 @@ QUANTIZERS = ("dense", "pq", *BASELINES)
 TRAINERS = ("torch", "faiss")
 METRICS = ("euclidean", "fisher")
 SEEDINGS = ("kmeans++", "random")
+WEIGHTINGS = ("none", "gradient")
 STAGES = ("baseline", "sample", "train", "evaluate", "bench")
 
 
@@ -102,6 +103,8 @@ class QuantizerConfig:
         hadamard: rotate first (`per-token` only).
         scope: one codebook for all (`merged`), per `layer`, or per layer and KV `head`.
         seeding: of k-means: `kmeans++`, or `random` as FAISS does it.
+        weighting: of the samples in k-means, `none` or by their `gradient` (see `pq.weights`); `none` where
+            the model gives no gradients.
         bits: mean bits of an element; each layer's keys and values then take the one of `widths` with which
             the predicted KL divergence is least, instead of their own `dsub`.  null: as `keys` and `values`
             say, and so it is where the model gives no gradients to predict from.
@@ -115,6 +118,7 @@ class QuantizerConfig:
     hadamard: bool = False
     scope: str = "head"
     seeding: str = "kmeans++"
+    weighting: str = "none"
     keys: SideConfig = field(default_factory=SideConfig)
     values: SideConfig = field(default_factory=SideConfig)
     bits: float | None = None
@@ -124,6 +128,7 @@ class QuantizerConfig:
         check("quantizer.kind", self.kind, QUANTIZERS)
         check("quantizer.scope", self.scope, SCOPES)
         check("quantizer.seeding", self.seeding, SEEDINGS)
+        check("quantizer.weighting", self.weighting, WEIGHTINGS)
         if self.bits is not None:
             for name, side in (("keys", self.keys), ("values", self.values)):
                 if side.M is not None:
@@ -195,16 +200,16 @@ class SampleConfig:
             the text is, they show what the model's heads do when they copy.
         code: share of windows of source code (the shipped `python-excerpt`): codebooks of prose alone lose
             twice as much on code, and those with some code in them lose nothing on prose.
-        information: tokens, at most, of which the Fisher information is gathered (see `pq.metric`); 0: none.
+        information: tokens, at most, whose gradients are gathered (see `pq.metric`, `pq.weights`); 0: none.
     """
 
     tokens: int = 65_536
     context: int | None = None
     batch: int = 4
-    reservoir: int = 16_384
+    reservoir: int = 32_768
     repeats: float = 0.1
     code: float = 0.3
-    information: int = 65_536
+    information: int = 131_072
 
     def __post_init__(self) -> None:
         for name in ("tokens", "batch", "reservoir"):

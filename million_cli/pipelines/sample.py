@@ -105,10 +105,16 @@ def _read(
         bar.update(done * windows.shape[1] + information.read_tokens)
         for start in range(done, len(windows), config.batch):
             ids = windows[start : start + config.batch]
+            first = cache.seen
             read_text(session.model, cache, ids)
-            for window in ids:
+            for row, window in enumerate(ids):
                 if information.read_tokens + len(window) <= wanted:
-                    wanted = _gather(information, window, wanted)
+                    try:
+                        cache.weigh(information.read(window[None]), first + row, len(ids))
+                    except NoGradients as error:
+                        logger.warning("codebooks will be trained without Fisher information: %s", error)
+                        information.forget()
+                        wanted = 0
                     bar.update(len(window))
             bar.update(ids.numel())
             done = start + len(ids)
@@ -116,17 +122,6 @@ def _read(
                 save(False)
                 saved = time.monotonic()
     save(True)
-
-
-def _gather(information: Information, window: torch.Tensor, wanted: int) -> int:
-    """Add a window to the information; returns the tokens wanted in all, 0 if there are no gradients."""
-    try:
-        information.read(window[None])
-    except NoGradients as error:
-        logger.warning("codebooks will be trained without Fisher information: %s", error)
-        information.forget()
-        return 0
-    return wanted
 
 
 def calibration_windows(session: Session) -> torch.Tensor:

@@ -99,6 +99,7 @@ def train(session: Session) -> Path:
                     value_rotation=quantizer.values.rotation,
                     key_metric=quantizer.keys.metric,  # type: ignore[arg-type]
                     value_metric=quantizer.values.metric,  # type: ignore[arg-type]
+                    weighting=quantizer.weighting,  # type: ignore[arg-type]
                     iterations=config.train.iterations,
                     alternations=config.train.alternations,
                     seed=config.seed,
@@ -106,6 +107,7 @@ def train(session: Session) -> Path:
                     device=str(session.device),
                 ),
                 information=information,
+                squares=samples.squares(),
                 calibration=text.source,
                 calibration_sha256=text.sha256,
                 tokens=samples.manifest["progress"]["tokens"],
@@ -131,4 +133,5 @@ def codebook_metrics(codebook: Codebook, path: Path) -> dict[str, Any]:
         "samples": meta.samples,
         "trainer": meta.trainer,
         "seeding": meta.seeding,
+        "weighting": meta.weighting,
     }

@@ -90,7 +90,8 @@ class CodebookMeta:
 
     calibration: what text the samples come from, in words; calibration_sha256: its hash;
     tokens: tokens read from it; samples: vectors a layer and head that trained the codebook;
-    key_metric, value_metric: what the squared error was least in, "euclidean" or "fisher" (see `pq.metric`).
+    key_metric, value_metric: what the squared error was least in, "euclidean" or "fisher" (see `pq.metric`);
+    weighting: how much a sample counted, "none" or "gradient" (see `pq.weights`).
     key_error, value_error: [L][Hkv] mean squared error over variance, on the training samples.
     key_predicted_kl, value_predicted_kl: [L][Hkv], see `train.TrainedSide`; empty without Fisher information.
     command, commit: what made it, where that is known.
@@ -112,6 +113,7 @@ class CodebookMeta:
     key_error: list[list[float]]
     value_error: list[list[float]]
     alternations: int = 0
+    weighting: str = "none"
     key_predicted_kl: list[list[float]] = field(default_factory=list)
     value_predicted_kl: list[list[float]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)

@@ -22,12 +22,13 @@ def faiss_kmeans(
     iterations: int = 25,
     seed: int = 0,
     seeding: Seeding = "kmeans++",
+    weights: Tensor | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """Centroids of N independent problems: samples [N, n, dsub] (n >= 1, finite) -> float32 [N, C, dsub].
 
     Runs on a GPU if the samples are on one and the FAISS installed can.  At most C distinct samples are
-    centroids as they are, repeated.
+    centroids as they are, repeated.  `weights` [N, n], positive, are those of the samples.
 
     Raises:
         UserError: FAISS is not installed.
@@ -42,7 +43,8 @@ def faiss_kmeans(
         if len(distinct) <= C:  # FAISS would refuse too few samples and split equal ones
             centroids[i] = distinct[torch.arange(C) % len(distinct)]
         else:
-            seeds = seed_centroids(x, C, seed, seeding)
+            w = None if weights is None else weights[i : i + 1].float()
+            seeds = seed_centroids(x, C, seed, seeding, w)
             clustering = faiss.Kmeans(
                 dsub,
                 C,
@@ -52,7 +54,11 @@ def faiss_kmeans(
                 max_points_per_centroid=n,
                 gpu=gpu,
             )
-            clustering.train(x[0].cpu().numpy(), init_centroids=seeds[0].cpu().numpy())
+            clustering.train(
+                x[0].cpu().numpy(),
+                weights=None if w is None else w[0].cpu().numpy(),
+                init_centroids=seeds[0].cpu().numpy(),
+            )
             centroids[i] = torch.from_numpy(clustering.centroids)
         if progress:
             progress(1)

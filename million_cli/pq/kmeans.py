@@ -5,10 +5,13 @@ k-means++ (Arthur and Vassilvitskii 2007) or uniformly (as FAISS does by default
 follow.  Random numbers are drawn once for all problems, so a problem's result depends on its samples and the
 seed, not on its neighbours.
 
+Samples may have weights: a centroid is the weighted mean of its samples then, sum w x / sum w, and seeds are
+drawn in proportion to w times the squared distance.  What is minimised is the sum of w |x - c|^2.
+
 Where the data are poor:
 
 - A centroid that lost all its samples moves to a sample drawn with probability proportional to its squared
-  error, as in the seeding, if any sample has an error; otherwise it stays where it is.
+  (weighted) error, as in the seeding, if any sample has an error; otherwise it stays where it is.
 - With at most C distinct samples k-means++ makes every distinct sample a centroid; the others repeat some.
 """
 
@@ -31,6 +34,7 @@ Progress = Callable[[int], None]
 # Samples of a chunk of problems: their coordinates stay in a CPU's cache, or fill a GPU.
 _CHUNK_SAMPLES = {"cpu": 1 << 16, "cuda": 1 << 25}
 _MIN_SEEDING_SAMPLES = 4096
+_TINY = torch.finfo(torch.float32).tiny
 
 
 def kmeans(
@@ -41,13 +45,14 @@ def kmeans(
     seed: int = 0,
     seeding: Seeding = "kmeans++",
     initial: Tensor | None = None,
+    weights: Tensor | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """Centroids of N independent problems: samples [N, n, dsub] (n >= 1, finite) -> float32 [N, C, dsub].
 
-    `initial` [N, C, dsub] are centroids to go on from, instead of seeds.  Runs on the device of the samples,
-    in float32, in chunks of problems, so that working memory is bounded.
-    On a CPU the same seed and number of threads give the same bits.
+    `initial` [N, C, dsub] are centroids to go on from, instead of seeds; `weights` [N, n] of the
+    samples are positive.  Runs on the device of the samples, in float32, in chunks of problems, so that
+    working memory is bounded.  On a CPU the same seed and number of threads give the same bits.
     """
     N, n, dsub = samples.shape
     centroids = torch.empty(N, C, dsub, device=samples.device)
@@ -57,12 +62,13 @@ def kmeans(
         # Distances are expanded into products, which is accurate near the origin.
         mean = chunk.mean(1, keepdim=True)
         x = chunk - mean
+        w = None if weights is None else weights[start : start + step].to(x)
         if initial is None:
-            first = seed_centroids(x, C, seed, seeding)
+            first = seed_centroids(x, C, seed, seeding, w)
         else:
             first = initial[start : start + step].to(x) - mean
         lloyd = _lloyd_on_a_line if dsub == 1 else _lloyd
-        centroids[start : start + step] = mean + lloyd(x, first, iterations, seed)
+        centroids[start : start + step] = mean + lloyd(x, first, iterations, seed, w)
         if progress:
             progress(len(chunk))
     return centroids
@@ -72,10 +78,13 @@ def _chunk_samples(device: torch.device) -> int:
     return _CHUNK_SAMPLES["cpu" if device.type == "cpu" else "cuda"]
 
 
-def seed_centroids(x: Tensor, C: int, seed: int, seeding: Seeding = "kmeans++") -> Tensor:
-    """Seeds of G problems x [G, n, dsub] -> [G, C, dsub], each one of the samples.
+def seed_centroids(
+    x: Tensor, C: int, seed: int, seeding: Seeding = "kmeans++", weights: Tensor | None = None
+) -> Tensor:
+    """Seeds of G problems x [G, n, dsub], weights [G, n] -> [G, C, dsub], each one of the samples.
 
     k-means++ considers a random part of the samples only: 4 C of them, at least 4096.
+    Uniform seeds do not heed the weights.
     """
     generator = torch.Generator().manual_seed(seed)
     G, n, dsub = x.shape
@@ -86,13 +95,14 @@ def seed_centroids(x: Tensor, C: int, seed: int, seeding: Seeding = "kmeans++") 
     part = order[: max(_MIN_SEEDING_SAMPLES, 4 * C)]
     by_dim = x[:, part].permute(2, 0, 1).contiguous()  # [dsub, G, s]
     s = by_dim.shape[2]
+    w = None if weights is None else weights[:, part].contiguous()
     seeds = x.new_empty(dsub, G, C)
     nearest = torch.full_like(by_dim[0], torch.inf)  # squared distance to the nearest seed so far
     squares, difference, cumulative = (torch.empty_like(nearest) for _ in range(3))
     chosen = torch.full((1, G, 1), int(draws[0] * s), device=x.device)
     for k in range(C):
         if k:
-            torch.cumsum(nearest, 1, out=cumulative)
+            torch.cumsum(nearest if w is None else nearest * w, 1, out=cumulative)
             target = cumulative[:, -1:] * draws[k]
             chosen = torch.searchsorted(cumulative, target, right=True).clamp_(max=s - 1)[None]
         point = by_dim.gather(2, chosen.expand(dsub, G, 1))
@@ -128,55 +138,67 @@ def _augment(x: Tensor) -> Tensor:
     return torch.cat([x, x.new_ones(*x.shape[:2], 1), x.square().sum(2, keepdim=True) / 2], 2)
 
 
-def _lloyd(x: Tensor, centroids: Tensor, iterations: int, seed: int) -> Tensor:
-    """Lloyd's iterations from centroids [G, C, dsub]: x [G, n, dsub] near the origin -> [G, C, dsub]."""
+def _lloyd(x: Tensor, centroids: Tensor, iterations: int, seed: int, weights: Tensor | None) -> Tensor:
+    """Lloyd's iterations from centroids [G, C, dsub]: x [G, n, dsub] near the origin -> [G, C, dsub].
+
+    weights: [G, n] or None.
+    """
     G, C, dsub = centroids.shape
     augmented = _augment(x)
+    weighted = augmented if weights is None else augmented * weights[..., None]
     first_row = torch.arange(0, G * C, C, device=x.device)[:, None]
     generator = torch.Generator().manual_seed(seed + 1)
     for _ in range(iterations):
         assigned = _assign(augmented, centroids)
         sums = x.new_zeros(G * C, dsub + 2).index_add_(
-            0, (assigned + first_row).flatten(), augmented.flatten(0, 1)
+            0, (assigned + first_row).flatten(), weighted.flatten(0, 1)
         )
         totals, counts, _ = sums.view(G, C, dsub + 2).split([dsub, 1, 1], 2)
-        means = totals / counts.clamp(min=1)
+        means = totals / counts.clamp(min=_TINY)
         updated = torch.where(counts > 0, means, centroids)
         empty = counts[..., 0] == 0
         if bool(empty.any()):
-            updated = _reseed(x, updated, assigned, empty, generator)
+            updated = _reseed(x, updated, assigned, empty, generator, weights)
         if torch.equal(updated, centroids):
             break
         centroids = updated
     return centroids
 
 
-def _lloyd_on_a_line(x: Tensor, centroids: Tensor, iterations: int, seed: int) -> Tensor:
+def _lloyd_on_a_line(
+    x: Tensor, centroids: Tensor, iterations: int, seed: int, weights: Tensor | None
+) -> Tensor:
     """`_lloyd` in one dimension, where an iteration takes C searches in sorted samples.
 
-    x [G, n, 1], centroids [G, C, 1] -> [G, C, 1] in rising order.
+    x [G, n, 1], centroids [G, C, 1], weights [G, n] -> [G, C, 1] in rising order.
     """
-    ordered = x[..., 0].sort(1).values
+    ordered, order = x[..., 0].sort(1)
     G, n = ordered.shape
-    sums = torch.cat([ordered.new_zeros(G, 1), ordered], 1).cumsum(1, dtype=torch.float64)
+    w = torch.ones_like(ordered) if weights is None else weights.gather(1, order)
+    sums, masses = (_running_sums(terms) for terms in (ordered * w, w))
     ends = torch.tensor([0, n], device=x.device).expand(G, 2)
     generator = torch.Generator().manual_seed(seed + 1)
     line = centroids[..., 0].sort(1).values
     for _ in range(iterations):
         borders = (line[:, 1:] + line[:, :-1]) / 2
         bounds = torch.cat([ends[:, :1], torch.searchsorted(ordered, borders), ends[:, 1:]], 1)
-        counts = bounds.diff(dim=1)
-        means = (sums.gather(1, bounds).diff(dim=1) / counts.clamp(min=1)).float()
+        totals, counts = (part.gather(1, bounds).diff(dim=1) for part in (sums, masses))
+        means = (totals / counts.clamp(min=_TINY)).float()
         updated = torch.where(counts > 0, means, line)
         empty = counts == 0
         if bool(empty.any()):
             assigned = torch.searchsorted(borders.contiguous(), ordered, right=True)
-            updated = _reseed(ordered[..., None], updated[..., None], assigned, empty, generator)[..., 0]
+            updated = _reseed(ordered[..., None], updated[..., None], assigned, empty, generator, w)[..., 0]
         updated = updated.sort(1).values
         if torch.equal(updated, line):
             break
         line = updated
     return line[..., None]
+
+
+def _running_sums(x: Tensor) -> Tensor:
+    """Of the first 0, 1, ... n terms, [G, n] -> float64 [G, n + 1]."""
+    return torch.cat([x.new_zeros(len(x), 1), x], 1).cumsum(1, dtype=torch.float64)
 
 
 def _assign(augmented: Tensor, centroids: Tensor) -> Tensor:
@@ -204,11 +226,21 @@ def _assign(augmented: Tensor, centroids: Tensor) -> Tensor:
 
 
 def _reseed(
-    x: Tensor, centroids: Tensor, assigned: Tensor, empty: Tensor, generator: torch.Generator
+    x: Tensor,
+    centroids: Tensor,
+    assigned: Tensor,
+    empty: Tensor,
+    generator: torch.Generator,
+    weights: Tensor | None,
 ) -> Tensor:
-    """Move the empty centroids [G, C] to distinct samples, drawn in proportion to their squared errors."""
+    """Move the empty centroids [G, C] to distinct samples, drawn in proportion to their squared errors.
+
+    With weights [G, n], to these times the errors.
+    """
     G, n, dsub = x.shape
     error = (x - centroids.gather(1, assigned[..., None].expand(G, n, dsub))).square().sum(2)
+    if weights is not None:
+        error = error * weights
     # The largest of error / Exp(1) are a draw without replacement in proportion to the error.
     race = error / torch.empty(n).exponential_(generator=generator).to(x.device)
     draws = race.topk(min(n, int(empty.sum(1).max())), dim=1).indices

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -18,22 +18,21 @@ from million_cli.pq.codebook import Codebook, CodebookMeta, LayerPQ, ProductQuan
 from million_cli.pq.codec import decode, encode
 from million_cli.pq.faiss_kmeans import faiss_kmeans, import_faiss
 from million_cli.pq.kmeans import SEEDINGS, Seeding, kmeans
+from million_cli.pq.metric import METRICS, Metric
 from million_cli.pq.rotation import ROTATIONS, Fit, fit_transform
 from million_cli.pq.samples import LayerSamples, SomeLayers, Thinned, layers
+from million_cli.pq.side import Side
 from million_cli.pq.transform import Transform
+from million_cli.pq.weights import WEIGHTINGS, Weighting, Weights
+from million_cli.pq.work import Progress, Work
 from million_cli.spec import SCOPES, CodeSpec, ModelFingerprint, PQSpec, Scope
 
 Trainer = Literal["torch", "faiss"]
 TRAINERS: tuple[Trainer, ...] = get_args(Trainer)
-Metric = Literal["euclidean", "fisher"]
-METRICS: tuple[Metric, ...] = get_args(Metric)
 # What a choice of codes costs is predicted after a training of this length, on so many samples a head.
 _PROBE: dict[str, Any] = {"iterations": 5, "alternations": 0, "max_samples_per_centroid": 16}
 _PROBE_SAMPLES = 8192
 _KMEANS = {"torch": kmeans, "faiss": faiss_kmeans}  # by trainer: the same interface
-
-Progress = Callable[[int, int], None]
-"""Called with (k-means problems done, problems in all)."""
 
 Measure = Callable[[str, int, LayerPQ], float]
 """Called with a side, a layer's position and its quantizer: the KL divergence of coding it alone, in nats."""
@@ -45,9 +44,11 @@ class TrainSpec:
 
     scope: which layers and heads share centroids; trainer: which k-means; seeding: its seeds (random and 25
     iterations are FAISS's defaults); rotations: a method of `rotation.ROTATIONS` for each side; metrics: in
-    which the squared error is least, `fisher` (see `pq.metric`) or plain; alternations: of k-means (torch's)
-    and rotation, for opq; 0 leaves it at its parametric form; max_samples_per_centroid: a problem uses at
-    most about this times C samples, chosen at random (256 is FAISS's limit too); device: where k-means runs.
+    which the squared error is least, `fisher` (see `pq.metric`) or plain; weighting: how much each sample
+    counts in k-means, by its `gradient` (see `pq.weights`) or all the same (`none`); alternations: of
+    k-means (torch's) and rotation, for opq; 0 leaves it at its parametric form; max_samples_per_centroid:
+    a problem uses at most about this times C samples, chosen at random (256 is FAISS's limit too); device:
+    where k-means runs.
 
     Raises:
         UserError: a value outside of what is accepted, or trainer=faiss without FAISS.
@@ -60,6 +61,7 @@ class TrainSpec:
     value_rotation: str = "none"
     key_metric: Metric = "euclidean"
     value_metric: Metric = "euclidean"
+    weighting: Weighting = "none"
     alternations: int = 0
     iterations: int = 25
     max_samples_per_centroid: int = 256
@@ -75,6 +77,7 @@ class TrainSpec:
             ("value_rotation", tuple(ROTATIONS)),
             ("key_metric", METRICS),
             ("value_metric", METRICS),
+            ("weighting", WEIGHTINGS),
         ):
             if getattr(self, name) not in accepted:
                 raise UserError(f"{name}={getattr(self, name)}: accepted are {', '.join(accepted)}")
@@ -113,6 +116,7 @@ def train_codebook(
     train: TrainSpec,
     *,
     information: tuple[Tensor, Tensor] | None = None,
+    squares: tuple[LayerSamples, LayerSamples] | None = None,
     calibration: str,
     calibration_sha256: str,
     tokens: int,
@@ -123,39 +127,44 @@ def train_codebook(
 
     information: Fisher information of keys and of values, [L, Hkv, D, D] each; needed by the metric `fisher`,
     which becomes `euclidean` without it, as the card says, and by a `Budget`.
+    squares: squared gradients of the samples, [L, Hkv, n] each, -1 where not known; needed by the weighting
+    `gradient`, which becomes `none` without them or without information, as the card says.
     measure: corrects what a `Budget` predicts, a layer and side at a time.
 
     Raises:
         UserError: samples that do not fit the fingerprint, no samples, or NaN or infinity among them;
             a budget with scope merged.
     """
-    samples = {"keys": keys, "values": values}
-    for name, side in samples.items():
-        _check_samples(name, side, fingerprint)
-    metrics = {"keys": train.key_metric, "values": train.value_metric}
+    for name, samples in (("keys", keys), ("values", values)):
+        _check_samples(name, samples, fingerprint)
     if information is None:
-        metrics = dict.fromkeys(samples, "euclidean")
+        train = replace(train, key_metric="euclidean", value_metric="euclidean")
         if isinstance(spec, Budget):
             spec = spec.otherwise
-    known = dict(zip(samples, information or (None, None), strict=True))
-    work = _Work(progress)
+    if information is None or squares is None:
+        train = replace(train, weighting="none")
+    known, noted = information or (None, None), squares or (None, None)
+    gathered = {
+        "keys": Side(keys, known[0], noted[0], train.key_rotation, train.key_metric),
+        "values": Side(values, known[1], noted[1], train.value_rotation, train.value_metric),
+    }
+    work = Work(progress)
     if isinstance(spec, Budget):
         if train.scope == "merged":
             raise UserError("bits: layers of one codebook cannot differ; accepted scopes are layer and head")
-        specs = _within(spec, samples, known, metrics, train, measure, work)
+        specs = _within(spec, gathered, train, measure, work)
     else:
         specs = {"keys": (spec.keys,) * len(keys), "values": (spec.values,) * len(values)}
-    parts = {name: _parts(specs[name]) for name in samples}
+    parts = {name: _parts(specs[name]) for name in gathered}
     work.expect(
-        _problems(train.scope, SomeLayers(samples[name], at), choice)
-        for name in samples
+        _problems(train.scope, SomeLayers(side.samples, at), choice)
+        for name, side in gathered.items()
         for choice, at in parts[name].items()
     )
     sides = []
-    for name, side in samples.items():
+    for name, side in gathered.items():
         trained = [
-            (at, _train_part(name, SomeLayers(side, at), at, choice, known[name], metrics[name], train, work))
-            for choice, at in parts[name].items()
+            (at, _train_part(side.part(at), choice, train, work)) for choice, at in parts[name].items()
         ]
         sides.append(_together(trained))
     meta = CodebookMeta(
@@ -171,8 +180,9 @@ def train_codebook(
         alternations=train.alternations,
         key_rotation=train.key_rotation,
         value_rotation=train.value_rotation,
-        key_metric=metrics["keys"],
-        value_metric=metrics["values"],
+        key_metric=train.key_metric,
+        value_metric=train.value_metric,
+        weighting=train.weighting,
         key_error=sides[0].error,
         value_error=sides[1].error,
         key_predicted_kl=sides[0].predicted_kl,
@@ -189,12 +199,14 @@ def train_quantizer(
     *,
     transform: Transform | None = None,
     information: Tensor | None = None,
+    squares: LayerSamples | None = None,
     progress: Progress | None = None,
 ) -> TrainedSide:
     """Train one side from finite samples [L, Hkv, n, D], layer by layer on `train.device`.
 
     transform: [Lt, Ht, D, D] or None, as `rotation.fit_transform` gives it (rotations and metrics in `train`
     are not read).  information: [L, Hkv, D, D], to predict the KL divergence over all the samples, or None.
+    squares: [L, Hkv, n], squared gradients of the samples for the weighting `gradient`.
     """
     total, done = _problems(train.scope, samples, spec), 0
 
@@ -205,7 +217,9 @@ def train_quantizer(
             progress(done, total)
 
     trained = []
-    for points in _training_sets(samples, spec, train, transform):  # [Hc, n', D] each
+    if train.weighting == "none":
+        squares = None
+    for points, weights in _training_sets(samples, squares, spec, train, transform):  # [Hc, n', D], [Hc, n']
         Hc, n, _ = points.shape
         points = points.view(Hc, n, spec.M, spec.dsub).transpose(1, 2).reshape(Hc * spec.M, n, spec.dsub)
         centroids = _KMEANS[train.trainer](
@@ -214,6 +228,7 @@ def train_quantizer(
             iterations=train.iterations,
             seed=train.seed,
             seeding=train.seeding,
+            weights=None if weights is None else weights.repeat_interleave(spec.M, 0),
             progress=advance,
         )
         trained.append(centroids.view(Hc, spec.M, spec.C, spec.dsub).cpu())
@@ -243,12 +258,10 @@ def relative_error(x: Tensor, difference: Tensor) -> list[float]:
 
 def _within(
     budget: Budget,
-    samples: dict[str, LayerSamples],
-    information: dict[str, Tensor | None],
-    metrics: dict[str, Metric],
+    sides: dict[str, Side],
     train: TrainSpec,
     measure: Measure | None,
-    work: _Work,
+    work: Work,
 ) -> dict[str, tuple[CodeSpec, ...]]:
     """The codes of each layer of either side that keep to the budget and promise the least divergence.
 
@@ -257,15 +270,14 @@ def _within(
     differs by layer and hardly by choice: it is measured for the one with the second fewest bits.
     """
     probe = replace(train, **_PROBE)
-    everywhere, everything = range(len(samples["keys"])), range(len(budget.choices))
-    work.expect(_problems(train.scope, side, one) for side in samples.values() for one in budget.choices)
+    everywhere, everything = range(len(sides["keys"].samples)), range(len(budget.choices))
+    work.expect(
+        _problems(train.scope, side.samples, one) for side in sides.values() for one in budget.choices
+    )
     costs: list[list[float]] = []  # [2 L][choices], keys first
-    for name, side in samples.items():
-        part = list(layers(Thinned(side, _PROBE_SAMPLES, train.seed)))  # read once for all choices
-        tried = [
-            _train_part(name, part, everywhere, choice, information[name], metrics[name], probe, work)
-            for choice in budget.choices
-        ]
+    for name, side in sides.items():
+        part = side.thinned(_PROBE_SAMPLES, train.seed)  # read once for all choices
+        tried = [_train_part(part, choice, probe, work) for choice in budget.choices]
         predicted = [[sum(one.predicted_kl[i]) for one in tried] for i in everywhere]
         if measure is not None:
             j = sorted(everything, key=lambda j: budget.choices[j].bits_per_element)[:2][-1]
@@ -288,26 +300,17 @@ def _parts(specs: Sequence[CodeSpec]) -> dict[CodeSpec, list[int]]:
     return parts
 
 
-def _train_part(
-    name: str,
-    samples: LayerSamples,
-    positions: Sequence[int],
-    spec: CodeSpec,
-    information: Tensor | None,
-    metric: Metric,
-    train: TrainSpec,
-    work: _Work,
-) -> TrainedSide:
-    """Some layers of the side `name`, with codes of `spec` and the transform that goes with them.
-
-    positions: of the layers [Hkv, n, D] in the information of all, [L, Hkv, D, D].
-    """
-    known = None if information is None else information[list(positions)]
-    rotation = train.key_rotation if name == "keys" else train.value_rotation
-    fitted = known if metric == "fisher" else None
-    transform = fit_transform(rotation, samples, spec, train.fit(spec), fitted)
+def _train_part(side: Side, spec: CodeSpec, train: TrainSpec, work: Work) -> TrainedSide:
+    """Codes of `spec` for the layers of a side, with the transform that goes with them."""
+    fitted = side.information if side.metric == "fisher" else None
     trained = train_quantizer(
-        samples, spec, train, transform=transform, information=known, progress=work.advance
+        side.samples,
+        spec,
+        train,
+        transform=fit_transform(side.rotation, side.samples, spec, train.fit(spec), fitted),
+        information=side.information,
+        squares=side.squares,
+        progress=work.advance,
     )
     work.finish()
     return trained
@@ -328,46 +331,34 @@ def _together(trained: Sequence[tuple[Sequence[int], TrainedSide]]) -> TrainedSi
     )
 
 
-class _Work:
-    """Counts k-means problems over several trainings."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self._progress = progress
-        self._total = self._finished = self._current = 0
-
-    def expect(self, problems: Iterable[int]) -> None:
-        self._total += sum(problems)
-
-    def advance(self, done: int, total: int) -> None:
-        """Of the training that runs: problems done and in all."""
-        self._current = total
-        if self._progress:
-            self._progress(self._finished + done, self._total)
-
-    def finish(self) -> None:
-        """That training is over."""
-        self._finished += self._current
-        self._current = 0
-
-
 def _training_sets(
-    samples: LayerSamples, spec: CodeSpec, train: TrainSpec, transform: Transform | None
-) -> Iterator[Tensor]:
-    """Mapped float32 vectors [Hc, n', D] for each set of centroids' layers: L times, or once if merged."""
+    samples: LayerSamples,
+    squares: LayerSamples | None,
+    spec: CodeSpec,
+    train: TrainSpec,
+    transform: Transform | None,
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Mapped float32 vectors [Hc, n', D], weights [Hc, n'] or None: for each layer, or once if merged."""
     pooled = {"merged": len(samples) * samples[0].shape[0], "layer": samples[0].shape[0], "head": 1}[
         train.scope
     ]
-    thinned = Thinned(samples, -(-train.max_samples_per_centroid * spec.C // pooled), train.seed)
+    most = -(-train.max_samples_per_centroid * spec.C // pooled)
+    thinned = Thinned(samples, most, train.seed)
+    weights = None if squares is None else Thinned(Weights(squares), most, train.seed)
 
     def layer(i: int) -> Tensor:
         part = thinned[i].to(train.device, torch.float32)
         return part if transform is None else transform.layer(i).to(train.device).apply(part)
 
     if train.scope == "merged":
-        yield torch.cat([layer(i).flatten(0, 1) for i in range(len(samples))])[None]
-    else:
-        for i in range(len(samples)):
-            yield layer(i) if train.scope == "head" else layer(i).flatten(0, 1)[None]
+        points = torch.cat([layer(i).flatten(0, 1) for i in range(len(samples))])[None]
+        yield points, None if weights is None else torch.cat([w.flatten() for w in layers(weights)])[None]
+        return
+    for i in range(len(samples)):
+        points, w = layer(i), None if weights is None else weights[i]
+        if train.scope == "layer":
+            points, w = points.flatten(0, 1)[None], None if w is None else w.flatten()[None]
+        yield points, w
 
 
 def _check_samples(name: str, samples: LayerSamples, fingerprint: ModelFingerprint) -> None:

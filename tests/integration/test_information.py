@@ -123,3 +123,16 @@ def test_a_model_that_passes_no_gradients_says_so(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(head, "forward", lambda hidden: forward(hidden) * float("inf"))
     with pytest.raises((NoGradients, UserError)):
         Information(model, WINDOW).read(random_ids(1, T))
+
+
+def test_it_returns_the_squares_whose_mean_is_the_trace() -> None:
+    model = tiny_model()
+    information = Information(model, WINDOW)
+    squares = information.read(random_ids(1, T))
+    coded = WINDOW.coded_length(T)
+    for side, F in enumerate(information.mean()):  # type: ignore[arg-type]
+        for layer, pair in enumerate(squares):
+            assert pair[side].shape == (1, 2, coded)
+            trace = F[layer].diagonal(dim1=-2, dim2=-1).sum(-1)
+            torch.testing.assert_close(pair[side][0].double().mean(-1), trace, rtol=1e-5, atol=0)
+    assert information.read(random_ids(1, 20)) == []

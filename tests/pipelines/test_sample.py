@@ -130,3 +130,22 @@ def test_a_model_without_gradients_is_sampled_all_the_same(job, tmp_path, monkey
 def test_shares_are_checked(job, override):
     with pytest.raises(UserError, match="accepted are shares from 0, together below 1"):
         job(override)
+
+
+def test_squares_are_those_of_the_sampled_tokens(job):
+    """Whatever the batch, each kept token has the squared gradient of its own place in its own window."""
+    config = job("sample.reservoir=100000")
+    session = Session(config)
+    windows = pipeline.calibration_windows(session)
+    information = pipeline.Information(session.model, seed=config.seed)
+    got = Samples(sample(session)).squares()[0][0]
+    batch, at = config.sample.batch, 0
+    for start in range(0, len(windows), batch):
+        rows = windows[start : start + batch]
+        expected = torch.full((got.shape[0], rows.shape[1], len(rows)), -1.0)
+        for row, window in enumerate(rows):
+            keys = information.read(window[None])[0][0][0]
+            expected[:, : keys.shape[1], row] = keys
+        torch.testing.assert_close(got[:, at : at + rows.numel()], expected.flatten(1), rtol=1e-4, atol=1e-12)
+        at += rows.numel()
+    assert at == got.shape[1]

@@ -212,3 +212,29 @@ def test_half_precision_samples_are_clustered_in_float32():
     centroids = kmeans(samples, 16)
     assert centroids.dtype == torch.float32
     assert torch.equal(centroids, kmeans(samples.float(), 16))
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("dsub", [1, 2])
+def test_with_weights_every_centroid_is_the_weighted_mean_of_its_samples(dsub, trainer):
+    torch.manual_seed(0)
+    samples, weights = torch.randn(2, 500, dsub) + 5, torch.rand(2, 500) * 9 + 0.1
+    centroids = TRAINERS[trainer](samples, 8, iterations=300, weights=weights).double()
+    codes = nearest_centroid(samples.double(), centroids)
+    for problem in range(2):
+        for c in range(8):
+            mine = codes[problem] == c
+            w = weights[problem][mine].double()[:, None]
+            mean = (w * samples[problem][mine].double()).sum(0) / w.sum()
+            torch.testing.assert_close(centroids[problem, c], mean, atol=1e-4, rtol=0)
+
+
+def test_seeds_are_drawn_by_weight_times_squared_distance():
+    """From 0 the next seed is 1 or 2 with 9 : 4 if 1 weighs nine times as much."""
+    samples, weights = torch.tensor([[[0.0], [1.0], [2.0]]]), torch.tensor([[1.0, 9.0, 1.0]])
+    counts = {1.0: 0, 2.0: 0}
+    for seed in range(900):
+        first, second = seed_centroids(samples, 2, seed, weights=weights).flatten().tolist()
+        if first == 0.0:
+            counts[second] += 1
+    assert counts[1.0] / sum(counts.values()) == pytest.approx(9 / 13, abs=0.08)
