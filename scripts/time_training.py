@@ -19,14 +19,14 @@ import torch
 import typer
 
 from million_cli.files import write_safetensors
-from million_cli.integration.sampling import SampledSide, Samples
+from million_cli.integration.sampling import Samples
 from million_cli.pq import Budget, TrainSpec, train_codebook
 from million_cli.progress import progress
 from million_cli.spec import CodeSpec, ModelFingerprint, PQSpec
 
 
 def write_samples(folder: Path, fingerprint: ModelFingerprint, n: int) -> None:
-    """Normal vectors with axes of very different variance and offset, float16, in the files of a sample."""
+    """Normal vectors with axes of very different variance and offset, in float16, and squared gradients."""
     shape = (fingerprint.num_kv_heads, n, fingerprint.head_dim)
     shards = {}
     for layer in fingerprint.layers:
@@ -36,8 +36,10 @@ def write_samples(folder: Path, fingerprint: ModelFingerprint, n: int) -> None:
             side: (torch.randn(shape, generator=generator) * scale + 1).half() for side in ("keys", "values")
         }
         shards[str(layer)] = f"layer-{layer:03d}.0.safetensors"
+        for side in ("key", "value"):
+            tensors[f"{side}_squares"] = torch.randn(shape[:2], generator=generator).square()
         write_safetensors(folder / shards[str(layer)], tensors)
-    manifest = {"format": 2, "fingerprint": fingerprint.to_dict(), "shards": shards}
+    manifest = {"format": 3, "fingerprint": fingerprint.to_dict(), "shards": shards}
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -45,7 +47,7 @@ def main(
     layers: Annotated[int, typer.Option(help="full-attention layers")] = 32,
     heads: Annotated[int, typer.Option(help="KV heads")] = 8,
     head_dim: Annotated[int, typer.Option(help="dimensions of a head")] = 128,
-    samples: Annotated[int, typer.Option(help="vectors a layer and head")] = 16_384,
+    samples: Annotated[int, typer.Option(help="vectors a layer and head")] = 32_768,
     bits: Annotated[
         float, typer.Option(help="a budget over 8, 4, 2 and 1 bits; 0 trains 4 everywhere")
     ] = 4.0,
@@ -66,9 +68,8 @@ def main(
             bar.total = total
             bar.update(done - bar.n)
 
-        keys, values = (
-            SampledSide(Samples(Path(name)), fingerprint.layers, side) for side in ("keys", "values")
-        )
+        gathered = Samples(Path(name))
+        keys, values = gathered.sides()
         began = time.monotonic()
         codebook = train_codebook(
             keys,
@@ -80,10 +81,12 @@ def main(
                 value_rotation="opq",
                 key_metric="fisher",
                 value_metric="fisher",
+                weighting="gradient",
                 iterations=iterations,
                 device=device,
             ),
             information=(information, information),
+            squares=gathered.squares(),
             calibration="synthetic",
             calibration_sha256="",
             tokens=samples,
