@@ -6,7 +6,8 @@
 #   scripts/gpu_second_model.sh OUT_DIR CALIBRATION_TEXT JUDGED_TEXT[,JUDGED_TEXT...] TRAINING_TEXT...
 #
 # A line <|endoftext|> separates the documents of training texts.  SECONDS_OF_TRAINING (90, compilation apart),
-# STEPS, VOCABULARY, SETTINGS and TRAINER (for the trainer) and OVERRIDES (for `million eval`) change the sizes.
+# STEPS, VOCABULARY, SETTINGS and TRAINER (for the trainer) and OVERRIDES (for `million eval`) change the sizes;
+# JOBS (8) quantizers are judged side by side.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 usage='usage: scripts/gpu_second_model.sh OUT_DIR CALIBRATION_TEXT JUDGED_TEXT[,...] TRAINING_TEXT...'
@@ -16,7 +17,7 @@ judged=${3:?$usage}
 shift 3
 [ $# -gt 0 ] || { echo "$usage" >&2; exit 2; }
 python=${PYTHON:-python3}
-export PYTHONPATH=$PWD
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 mkdir -p "$out"
 
 sizes="hidden_size=512 intermediate_size=1408 num_hidden_layers=8 num_attention_heads=4 num_key_value_heads=2
@@ -29,7 +30,8 @@ if [ ! -f "$out/model/config.json" ]; then
   "$python" scripts/train_reference_model.py train "$out/data" "$out/model" --steps "${STEPS:-100000}" \
     --seconds "${SECONDS_OF_TRAINING:-90}" --evaluations 1 "${settings[@]}" ${TRAINER:-}
 fi
-"$python" -m million_cli eval --multirun --model "$out/model" data.path="$calibration" task.path="$judged" \
-  quantizer=million-paper,million-paper-2bit,pq-4bit,pq-3bit,pq-2bit,kivi-int4-g64,kivi-int2-g32,fp8 \
-  task.context=2048 task.max_tokens=32768 out="$out/runs" model.dtype=float32 ${OVERRIDES:-}
+printf '%s\n' million-paper million-paper-2bit pq-4bit pq-3bit pq-2bit kivi-int4-g64 kivi-int2-g32 fp8 |
+  xargs -P "${JOBS:-8}" -I {} sh -c "$python -m million_cli eval --multirun --model $out/model quantizer={} \
+    data.path=$calibration task.path=$judged task.context=2048 task.max_tokens=32768 out=$out/runs \
+    model.dtype=float32 ${OVERRIDES:-}"
 "$python" scripts/accuracy_table.py "$out/runs/results.csv" "$out/accuracy.csv"
