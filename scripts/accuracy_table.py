@@ -1,10 +1,12 @@
 """The columns of a results CSV that tell quality against bits, one row a measurement, least KL first.
 
-    python scripts/accuracy_table.py outputs/results.csv [more.csv ...] results/reference-accuracy.csv
-    python scripts/accuracy_table.py --recall outputs/results.csv [more.csv ...] results/reference-recall.csv
+    python scripts/accuracy_table.py outputs/results.csv [more.csv ...] accuracy.csv
+    python scripts/accuracy_table.py --recall outputs/results.csv [more.csv ...] recall.csv
+    python scripts/accuracy_table.py --cells outputs/results.csv [more.csv ...] cells.csv
 
-The text is that of the file or data set which the measurement read; files in commands are named without their
-folders.  Earlier tables may be among the sources: of measurements of the same thing the latest is kept.
+The second is recall in all, the third by length and depth, from the tables that the results name.  A text is
+that of the file or data set which the measurement read; files in commands are named without their folders.
+Earlier tables may be among the sources: of measurements of the same thing the latest is kept.
 """
 
 from __future__ import annotations
@@ -53,6 +55,7 @@ RECALL = (
     "device",
     "command",
 )
+ORIGIN = ("commit", "started", "torch", "device", "command")
 SETTINGS = {
     "scope": "config.quantizer.scope",
     "key_rotation": "config.quantizer.keys.rotation",
@@ -62,6 +65,9 @@ SETTINGS = {
     "weighting": "config.quantizer.weighting",
     "budget_bits": "config.quantizer.bits",
     "widths": "config.quantizer.widths",
+    "sampled_tokens": "config.sample.tokens",
+    "reservoir": "config.sample.reservoir",
+    "information_tokens": "config.sample.information",
     "code_share": "config.sample.code",
     "repeats_share": "config.sample.repeats",
     "alternations": "config.train.alternations",
@@ -100,12 +106,28 @@ def recall(rows: list[dict[str, str]]) -> list[dict[str, str]]:
     return sorted(lines, key=lambda line: -float(line["bits_nominal"]))
 
 
+def cells(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """One line a length, depth and finished measurement of recall, most bits first."""
+    lines = []
+    for row in sorted(rows, key=lambda row: -float(row.get("bits_nominal") or 0)):
+        if row.get("status") == "ok" and row.get("passkey_table"):
+            origin = {name: row.get(name, "") for name in ("bits_nominal", *ORIGIN)}
+            origin["command"] = without_folders(origin["command"])
+            named = Path(row["passkey_table"])
+            beside = Path(row["source"]).parent / "evaluations" / named.name
+            table = beside if beside.is_file() else named
+            lines += [{"quantizer": row["config.quantizer.name"], **cell, **origin} for cell in read(table)]
+    return lines
+
+
 def read(path: Path) -> list[dict[str, str]]:
     """The rows of a results CSV or of an earlier table."""
     with path.open(encoding="utf-8", newline="") as file:
         columns = next(csv.reader(file), [])
         file.seek(0)
-        return list(csv.DictReader(file)) if {"quantizer", "text"} <= set(columns) else read_rows(path)[1]
+        if "config.quantizer.name" not in columns:
+            return list(csv.DictReader(file))
+    return [{**row, "source": str(path)} for row in read_rows(path)[1]]
 
 
 def without_folders(command: str) -> str:
@@ -120,9 +142,10 @@ def _what(line: dict[str, str]) -> tuple[str, ...]:
 
 if __name__ == "__main__":
     arguments = sys.argv[1:]
-    made = table
-    if arguments[0] == "--recall":
-        made = recall
+    made = {"--recall": recall, "--cells": cells}.get(arguments[0])
+    if made is None:
+        made = table
+    else:
         del arguments[0]
     *sources, target = map(Path, arguments)
     write_rows(target, made([row for source in sources for row in read(source)]))

@@ -10,10 +10,15 @@ from million_cli.results import write_rows
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "accuracy_table.py"
 
 
-def test_measurements_are_sorted_and_the_rest_left_out(tmp_path):
+def load():
     spec = importlib.util.spec_from_file_location("accuracy_table", SCRIPT)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+    return script
+
+
+def test_measurements_are_sorted_and_the_rest_left_out(tmp_path):
+    script = load()
 
     def row(name, kind, kl, path="", status="ok"):
         return {
@@ -60,3 +65,28 @@ def test_measurements_are_sorted_and_the_rest_left_out(tmp_path):
         ("b", "", "9.0"),
         ("a", "", "9.5"),
     ]
+
+
+def test_recall_comes_in_all_and_by_cell(tmp_path):
+    script = load()
+    write_rows(
+        tmp_path / "evaluations" / "k-passkey.csv",
+        [{"length": 256, "depth": d, "recall": 0.5} for d in (0, 1)],
+    )
+
+    def row(name, bits, **cells):
+        shared = {"run": "r", "verb": "eval", "status": "ok", "command": "million eval out=/some/where"}
+        return {**shared, "config.quantizer.name": name, "bits_nominal": bits, **cells}
+
+    recalled = {"recall": 0.5, "recall_lost": 3, "passkey_table": "gone/evaluations/k-passkey.csv"}
+    rows = [row("b", 2.0, **recalled), row("a", 4.0, **recalled), row("c", 8.0, kl_e3=1.0)]
+    write_rows(tmp_path / "results.csv", rows)
+    read = script.read(tmp_path / "results.csv")
+    assert [(line["quantizer"], line["recall_lost"]) for line in script.recall(read)] == [
+        ("a", "3"),
+        ("b", "3"),
+    ]
+    cells = [
+        (line["quantizer"], line["depth"], line["recall"], line["command"]) for line in script.cells(read)
+    ]
+    assert cells == [(name, d, "0.5", "million eval out=where") for name in "ab" for d in "01"]

@@ -22,6 +22,8 @@ from million_cli.text import TextConfig, load_text
 
 logger = logging.getLogger("million")
 SAVE_EVERY_S = 60.0
+CODE = TextConfig("python-excerpt")
+"""The code that is spread among the calibration text."""
 
 
 def run_sample(config: JobConfig) -> list[Result]:
@@ -48,9 +50,10 @@ def sample_key(session: Session) -> str:
         {
             "model": session.identity,
             "text": session.text(config.data).sha256,
+            "code_text": load_text(CODE).sha256,
             "sample": asdict(config.sample),
             "seed": config.seed,
-            **code_digest("integration"),
+            **code_digest("integration", "pipelines/sample.py"),
         }
     )
 
@@ -124,10 +127,10 @@ def _read(
     save(True)
 
 
-def calibration_windows(session: Session) -> torch.Tensor:
+def calibration_windows(session: Session, repeats: bool = True) -> torch.Tensor:
     """Token ids `[windows, context]`: calibration text, with code and random repetitions spread among it.
 
-    A text shorter than a window is one window.
+    A text shorter than a window is one window.  Without `repeats` the rest is the same.
     """
     config, text = session.config.sample, session.text(session.config.data)
     context = config.context or min(longest_context(session.model), 2048)
@@ -137,7 +140,7 @@ def calibration_windows(session: Session) -> torch.Tensor:
         raise UserError(f"the calibration text {text.source} has {len(ids)} tokens; accepted are at least 2")
     context = min(context, len(ids))
     whole = len(ids) // context
-    code_ids = session.tokenizer(load_text(TextConfig("python-excerpt")).content, verbose=False)["input_ids"]
+    code_ids = session.tokenizer(load_text(CODE).content, verbose=False)["input_ids"]
     shares = {"code": config.code, "repeats": config.repeats}
     wanted = {name: round(whole * share / (1 - sum(shares.values()))) for name, share in shares.items()}
     code = torch.tensor(code_ids[: wanted["code"] * context], dtype=torch.int64)
@@ -145,7 +148,7 @@ def calibration_windows(session: Session) -> torch.Tensor:
     return _interleave(
         torch.tensor(ids[: whole * context], dtype=torch.int64).view(whole, context),
         code[: len(code) // context * context].view(-1, context),
-        _repeating(wanted["repeats"], context, vocabulary, session.config.seed),
+        _repeating(wanted["repeats"] if repeats else 0, context, vocabulary, session.config.seed),
     )
 
 

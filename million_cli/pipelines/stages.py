@@ -25,11 +25,13 @@ def stage_key(inputs: Mapping[str, Any]) -> str:
 
 
 @cache
-def code_digest(*subpackages: str) -> dict[str, str]:
-    """Digest of the sources of `subpackages` ("" is all of them) and the versions they run on."""
+def code_digest(*parts: str) -> dict[str, str]:
+    """Digest of the sources of `parts`, subpackages ("" is all) or files, and of the versions they run on."""
     digest = hashlib.sha256()
-    for subpackage in subpackages:
-        for path in sorted((PACKAGE / subpackage).rglob("*.py")):
+    for part in parts:
+        root = PACKAGE / part
+        assert root.exists(), part
+        for path in [root] if root.is_file() else sorted(root.rglob("*.py")):
             digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes())
     return {
         "code": digest.hexdigest(),

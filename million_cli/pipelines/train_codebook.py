@@ -62,7 +62,7 @@ def train(session: Session) -> Path:
             "seed": config.seed,
             "device": session.device_name,
             "window": asdict(config.cache.window()) if measured else None,
-            **code_digest("pq"),
+            **code_digest("pq", "integration/baselines", "pipelines/measured.py"),
         }
     )
     path = Path(config.out) / "codebooks" / f"{config.model.name}-{quantizer.name}-{key}.safetensors"

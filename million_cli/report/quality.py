@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from textwrap import fill
 from typing import Any
 
 from million_cli.report.exhibit import Exhibit, Row, by, grid, number, origin, slug, to_float
 from million_cli.report.style import DENSE, look
 
+LEGEND_WIDTH = 125  # letters that fit beside one another
 PANELS = (
     ("kl_e3", "KL from dense (10⁻³ nats a token)"),
     ("perplexity_change_percent", "change of perplexity (%)"),
@@ -57,7 +59,7 @@ def exhibits(rows: Sequence[Row]) -> list[Exhibit]:
                 alt=f"Scatter of quality against bits for {len(chosen)} quantizers of {where}. "
                 f"On the Pareto front of KL: {best or 'none'}.",
                 paint=lambda figure, chosen=chosen: paint(figure, chosen),  # type: ignore[misc]
-                size=(9.6, max(3.3 if len(panels(chosen)) < 3 else 5.6, 0.7 + 0.19 * len(chosen))),
+                size=(9.6, (3.6 if len(panels(chosen)) < 3 else 5.9) + 0.19 * _legend_rows(chosen)),
                 table=grid(chosen, COLUMNS),
                 data=chosen,
                 origin=origin(chosen),
@@ -124,4 +126,17 @@ def paint(figure: Any, rows: Sequence[Row]) -> None:
         axes.set_xlabel("bits per stored element")
         axes.set_title(name)
         axes.margins(x=0.12, y=0.12)
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper", borderaxespad=1.5)
+    names = [fill(name, LEGEND_WIDTH) for name in handles]
+    figure.legend(handles.values(), names, loc="outside lower left", ncols=_legend_columns(handles))
+
+
+def _legend_columns(labels: Iterable[str]) -> int:
+    """Columns of the legend below the panels, as many as its longest line leaves room for."""
+    longest = max(min(len(label), LEGEND_WIDTH) for label in labels)
+    return max(1, min(3, LEGEND_WIDTH // (longest + 6)))
+
+
+def _legend_rows(rows: Sequence[Row]) -> int:
+    labels = [row["label"] for row in rows]
+    lines = sum(-(-len(label) // LEGEND_WIDTH) for label in labels)
+    return -(-lines // _legend_columns(labels))

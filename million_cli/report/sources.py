@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -129,17 +129,18 @@ def recognise(path: Path, columns: Sequence[str]) -> Kind:
 
 
 def label(rows: list[Row]) -> None:
-    """Give each row a `label`: its quantizer, and how it differs from that one's usual row in its file.
+    """Give each row a `label`: its quantizer, and how it differs from that one's first row in its file.
 
-    Where files name the same thing alike, the file's name is added.
+    The first is the earliest where rows say when they were measured.  Where files name the same thing alike,
+    the file's name is added.
     """
     for members in by(rows, "source", "quantizer").values():
-        settings = list(dict.fromkeys(key for row in members for key in row if key.startswith("set.")))
-        cells = {key: [row.get(key, "") for row in members] for key in ("cache", *settings)}
-        usual = {key: max(dict.fromkeys(column), key=column.count) for key, column in cells.items()}
+        settings = dict.fromkeys(key for row in members for key in row if key.startswith("set."))
+        first = min(members, key=lambda row: row.get("started", ""))
+        usual = {key: first.get(key, "") for key in ("cache", *settings)}
         for row in members:
-            special = [_setting(key, row.get(key, "")) for key in usual if row.get(key, "") != usual[key]]
-            row["label"] = ", ".join(filter(None, [row.get("quantizer", ""), *special])) or row.get(
+            special = {key: row.get(key, "") for key in usual if row.get(key, "") != usual[key]}
+            row["label"] = ", ".join(filter(None, [row.get("quantizer", ""), *_said(special)])) or row.get(
                 "cache", ""
             )
     for members in by(rows, "model", "text", "suite", "facts", "label").values():
@@ -148,10 +149,22 @@ def label(rows: list[Row]) -> None:
             row["label"] += f" ({Path(row['source']).parent.name}/{Path(row['source']).name})"
 
 
-def _setting(key: str, value: str) -> str:
-    """`scope` and `cache` explain themselves by their values; all else has its name."""
-    name = key.removeprefix("set.")
-    return value if name in ("cache", "scope") else f"{name}={value or 'none'}"
+def _said(special: dict[str, str]) -> Iterator[str]:
+    """Settings as `name=value`; `scope` and `cache` explain themselves by their values.
+
+    What keys and values have alike is said once, and without a budget not what belongs to one.
+    """
+    named = {key.removeprefix("set."): value for key, value in special.items()}
+    if named.get("budget_bits") == "":
+        named = {key: value for key, value in named.items() if key not in ("widths", "measured_tokens")}
+    for key, value in named.items():
+        side, mark, what = next((key.partition(mark) for mark in "._" if mark in key), (key, "", ""))
+        twin = {"key": "value", "keys": "values", "value": "key", "values": "keys"}.get(side)
+        if twin and named.get(twin + mark + what) == value:
+            if side.startswith("value"):
+                continue
+            key = what
+        yield value if key in ("cache", "scope") else f"{key}={value or 'none'}"
 
 
 def _files(paths: Sequence[Path]) -> list[Path]:
@@ -364,13 +377,14 @@ def _breakdown(data: Data, path: Path, rows: list[Row]) -> None:
 
 
 def _nothing(data: Data, path: Path, rows: list[Row]) -> None:
-    """Answers, or kernels, one by one: to be read, not drawn."""
+    """Answers or kernels one by one, or sums of what is drawn: to be read, not drawn."""
 
 
 SUITES = {"longbench": "LongBench", "lm_eval": "lm-evaluation-harness"}
 KINDS = (
     Kind("jobs", frozenset({"run", "verb", "status"}), _jobs),
     Kind("recall by cell", frozenset({"length", "depth", "recall"}), _into("recall")),
+    Kind("recall in all", frozenset({"quantizer", "recall_lost", "recall_n"}), _nothing),
     Kind("quality by position", frozenset({"first", "last", "kl_e3"}), _into("positions")),
     Kind("accuracy", frozenset({"quantizer", "kl_e3"}), _accuracy),
     Kind("kernel times", frozenset({"impl", "context", "median_us"}), _into("kernels")),

@@ -27,13 +27,14 @@ def test_the_code_digest_changes_with_the_sources(tmp_path, monkeypatch):
     for text in ("1", "2"):
         (tmp_path / "pq" / "a.py").write_text(text)
         code_digest.cache_clear()
-        digests.append((code_digest("pq")["code"], code_digest("")["code"]))
+        digests.append([code_digest(*parts)["code"] for parts in (["pq"], [""], ["pq", "b.py"])])
     (tmp_path / "b.py").write_text("2")
     code_digest.cache_clear()
-    digests.append((code_digest("pq")["code"], code_digest("")["code"]))
+    digests.append([code_digest(*parts)["code"] for parts in (["pq"], [""], ["pq", "b.py"])])
     code_digest.cache_clear()
-    assert digests[0][0] != digests[1][0] == digests[2][0]
-    assert len({whole for _, whole in digests}) == 3
+    part, whole, with_file = zip(*digests, strict=True)
+    assert part[0] != part[1] == part[2]
+    assert len(set(whole)) == len(set(with_file)) == 3
 
 
 def test_a_stage_is_made_by_one_at_a_time(tmp_path):

@@ -136,6 +136,36 @@ def test_rows_are_labelled_by_what_is_unusual_in_their_file():
     ]
 
 
+def test_labels_start_from_the_earliest_row_and_say_nothing_twice():
+    def row(started, **settings):
+        more = {f"set.{key}": value for key, value in settings.items()}
+        return {"quantizer": "pq", "source": "a/x.csv", "started": started, **more}
+
+    full = {"key_metric": "fisher", "value_metric": "fisher", "budget_bits": "4.0", "widths": "[1, 2]"}
+    rows = [
+        row("2026-02", **{**full, "key_metric": "euclidean", "value_metric": "euclidean"}),
+        row("2026-03", **{**full, "value_metric": "euclidean"}),
+        row("2026-04", **{**full, "budget_bits": "", "widths": ""}),
+        row("2026-05", **{**full, "widths": "[2, 4]"}),
+        row("2026-01", **full),
+    ]
+    label(rows)
+    assert [r["label"] for r in rows] == [
+        "pq, metric=euclidean",
+        "pq, value_metric=euclidean",
+        "pq, budget_bits=none",
+        "pq, widths=[2, 4]",
+        "pq",
+    ]
+    jobs = [
+        row("", **{"keys.dsub": "2", "values.dsub": "2"}),
+        row("", **{"keys.dsub": "4", "values.dsub": "4"}),
+        row("", **{"keys.dsub": "4", "values.dsub": "2"}),
+    ]
+    label(jobs)
+    assert [r["label"] for r in jobs] == ["pq", "pq, dsub=4", "pq, keys.dsub=4"]
+
+
 def test_what_cannot_be_read_is_refused_in_one_line(tmp_path):
     path = tmp_path / "x.csv"
     for content, message in (
