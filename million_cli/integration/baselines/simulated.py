@@ -25,7 +25,7 @@ from million_cli.integration.compat import reset_dense_layer
 from million_cli.integration.models import full_attention_layers
 from million_cli.spec import WindowSpec
 
-_SCORE_ELEMENTS = 1 << 22  # scores alive at once
+_SCORE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}  # scores alive at once
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ def attend(query: Tensor, view: Any, *, scale: float, mask: Tensor | None, softc
         weights = scores.masked_fill(~seen, torch.finfo(dtype).min).softmax(-1)
         return torch.einsum("bhgnt,bhtd->bhgnd", weights, values)
 
-    blocks = torch.arange(N, device=query.device).split(max(1, _SCORE_ELEMENTS // (B * Hq * len(tokens))))
+    most = _SCORE_ELEMENTS.get(query.device.type, 1 << 22)
+    blocks = torch.arange(N, device=query.device).split(max(1, most // (B * Hq * len(tokens))))
     if torch.is_grad_enabled():  # scores are computed again for the backward pass, not kept
         outputs = [checkpoint(attend_rows, grouped, keys, values, b, use_reentrant=False) for b in blocks]
     else:
