@@ -233,8 +233,8 @@ class TrainConfig:
         iterations: of k-means.
         alternations: of k-means and rotation, where the rotation is `opq`; 0 is its parametric form.
         max_samples_per_centroid: more samples than this times C are thinned at random.
-        measured: tokens, about, on which what `quantizer.bits` predicts is checked, layer by layer and side;
-            0 leaves it as it is.
+        measured: tokens, about, of text and code on which what `quantizer.bits` predicts is checked, layer by
+            layer and side; 0 leaves it as it is.
     """
 
     trainer: str = "torch"

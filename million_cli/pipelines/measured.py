@@ -26,7 +26,8 @@ class Measure:
 
     Args:
         session: of the job, with the model and the calibration text.
-        tokens: of whole windows, at least one, spread evenly over text, code and repetitions.
+        tokens: of whole windows, at least one, spread evenly over text and code.  Random repetitions are left
+            out: what they ask for is another mix, and worse on all else.
     """
 
     def __init__(self, session: Session, tokens: int) -> None:
@@ -52,7 +53,7 @@ class Measure:
     def _dense(self) -> list[tuple[Tensor, Tensor]]:
         """Windows `[B, T]` and the dense model's logits `[B, T - 1, V]` on them."""
         model, config = self._session.model, self._session.config
-        windows = calibration_windows(self._session)
+        windows = calibration_windows(self._session, repeats=False)
         wanted = max(1, min(len(windows), self._tokens // windows.shape[1]))
         at = ((torch.arange(wanted) + 0.5) * len(windows) / wanted).long()
         batches = windows[at].to(model.device).split(config.sample.batch)

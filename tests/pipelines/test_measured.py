@@ -26,7 +26,7 @@ def test_a_side_alone_costs_less_than_all_of_them_and_fewer_bits_cost_more(job, 
         for i in range(2):
             fine = measure(side, i, getattr(codebook, side).layer(i))
             assert 0 < fine < measure(side, i, getattr(coarse, side).layer(i))
-    windows = calibration_windows(session)
+    windows = calibration_windows(session, repeats=False)
     ((ids, logits),) = measure._dense
     assert ids.tolist() == windows[[len(windows) * (2 * n + 1) // 8 for n in range(4)]].tolist()
     assert logits.shape[:2] == (4, 255)
