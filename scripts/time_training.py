@@ -9,7 +9,7 @@ Samples lie in a folder, a layer a file, as `million sample` leaves them: the ho
 from __future__ import annotations
 
 import json
-import resource
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -41,6 +41,13 @@ def write_samples(folder: Path, fingerprint: ModelFingerprint, n: int) -> None:
         write_safetensors(folder / shards[str(layer)], tensors)
     manifest = {"format": 3, "fingerprint": fingerprint.to_dict(), "shards": shards}
     (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def peak_memory() -> float:
+    """The most that this process held, in GiB; getrusage would count what started it, too."""
+    found = re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found
+    return int(found[1]) / 2**20
 
 
 def main(
@@ -93,7 +100,7 @@ def main(
             progress=tick,
         )
         seconds = time.monotonic() - began
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    host = peak_memory()
     on_device = torch.cuda.max_memory_allocated() / 2**30 if device.startswith("cuda") else 0.0
     name = torch.cuda.get_device_name() if device.startswith("cuda") else "cpu"
     typer.echo(
