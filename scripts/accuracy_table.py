@@ -11,12 +11,15 @@ Earlier tables may be among the sources: of measurements of the same thing the l
 
 from __future__ import annotations
 
-import csv
 import re
-import sys
 from pathlib import Path
+from typing import Annotated
 
-from million_cli.results import read_rows, write_rows
+import typer
+
+from million_cli.errors import UserError
+from million_cli.report.sources import read_csv
+from million_cli.results import write_rows
 
 COLUMNS = (
     "bits_nominal",
@@ -116,18 +119,24 @@ def cells(rows: list[dict[str, str]]) -> list[dict[str, str]]:
             named = Path(row["passkey_table"])
             beside = Path(row["source"]).parent / "evaluations" / named.name
             table = beside if beside.is_file() else named
-            lines += [{"quantizer": row["config.quantizer.name"], **cell, **origin} for cell in read(table)]
+            lines += [
+                {"quantizer": row["config.quantizer.name"], **cell, **origin} for cell in read_csv(table)[1]
+            ]
     return lines
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a results CSV or of an earlier table."""
-    with path.open(encoding="utf-8", newline="") as file:
-        columns = next(csv.reader(file), [])
-        file.seek(0)
-        if "config.quantizer.name" not in columns:
-            return list(csv.DictReader(file))
-    return [{**row, "source": str(path)} for row in read_rows(path)[1]]
+    """The rows of a results CSV, with its path as `source`, or of an earlier table.
+
+    Raises:
+        UserError: it cannot be read, or is neither.
+    """
+    columns, rows = read_csv(path)
+    if {"quantizer", "text"} <= set(columns):
+        return rows
+    if "config.quantizer.name" not in columns:
+        raise UserError(f"{path}: accepted are results CSVs and tables with columns quantizer and text")
+    return [{**row, "source": str(path)} for row in rows]
 
 
 def without_folders(command: str) -> str:
@@ -140,12 +149,27 @@ def _what(line: dict[str, str]) -> tuple[str, ...]:
     return tuple(line.get(name) or "" for name in ("quantizer", "text", *SETTINGS))
 
 
+def main(
+    files: Annotated[
+        list[Path], typer.Argument(help="results CSVs or earlier tables, and last the one to write")
+    ],
+    in_all: Annotated[bool, typer.Option("--recall", help="recall in all")] = False,
+    by_cell: Annotated[bool, typer.Option("--cells", help="recall by length and depth")] = False,
+) -> None:
+    """Write the table of the measurements in FILES to the last of them."""
+    *sources, target = files
+    if not sources:
+        raise typer.BadParameter(
+            f"{target}: accepted are one or more CSVs to read, and last the one to write"
+        )
+    if in_all and by_cell:
+        raise typer.BadParameter("--recall --cells: accepted is one of them")
+    try:
+        rows = [row for source in sources for row in read(source)]
+        write_rows(target, (recall if in_all else cells if by_cell else table)(rows))
+    except UserError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    made = {"--recall": recall, "--cells": cells}.get(arguments[0])
-    if made is None:
-        made = table
-    else:
-        del arguments[0]
-    *sources, target = map(Path, arguments)
-    write_rows(target, made([row for source in sources for row in read(source)]))
+    typer.run(main)

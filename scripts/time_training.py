@@ -51,17 +51,21 @@ def peak_memory() -> float:
 
 
 def main(
-    layers: Annotated[int, typer.Option(help="full-attention layers")] = 32,
-    heads: Annotated[int, typer.Option(help="KV heads")] = 8,
-    head_dim: Annotated[int, typer.Option(help="dimensions of a head")] = 128,
-    samples: Annotated[int, typer.Option(help="vectors a layer and head")] = 32_768,
+    layers: Annotated[int, typer.Option(min=1, help="full-attention layers")] = 32,
+    heads: Annotated[int, typer.Option(min=1, help="KV heads")] = 8,
+    head_dim: Annotated[int, typer.Option(min=1, help="dimensions of a head")] = 128,
+    samples: Annotated[int, typer.Option(min=1, help="vectors a layer and head")] = 32_768,
     bits: Annotated[
-        float, typer.Option(help="a budget over 8, 4, 2 and 1 bits; 0 trains 4 everywhere")
+        float, typer.Option(min=0, max=8, help="a budget over 8, 4, 2 and 1 bits; 0 trains 4 everywhere")
     ] = 4.0,
-    iterations: Annotated[int, typer.Option(help="of k-means")] = 25,
+    iterations: Annotated[int, typer.Option(min=1, help="of k-means")] = 25,
     device: Annotated[str, typer.Option(help="cuda or cpu")] = "cuda" if torch.cuda.is_available() else "cpu",
 ) -> None:
     """Print seconds, and the peaks of host and device memory, of training in the Fisher metric."""
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise typer.BadParameter(f"--device {device}: accepted are cpu and, where torch finds a GPU, cuda")
+    if head_dim % 8:
+        raise typer.BadParameter(f"--head-dim {head_dim}: accepted are multiples of 8, the widest code")
     fingerprint = ModelFingerprint("llama", layers, tuple(range(layers)), heads, head_dim, "")
     choices = tuple(CodeSpec(head_dim, head_dim // width, 8) for width in (1, 2, 4, 8))
     uniform = PQSpec(choices[1], choices[1])

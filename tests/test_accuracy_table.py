@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 from million_cli.results import write_rows
@@ -90,3 +93,20 @@ def test_recall_comes_in_all_and_by_cell(tmp_path):
         (line["quantizer"], line["depth"], line["recall"], line["command"]) for line in script.cells(read)
     ]
     assert cells == [(name, d, "0.5", "million eval out=where") for name in "ab" for d in "01"]
+
+
+def test_mistakes_end_in_one_line_that_says_what_is_accepted(tmp_path):
+    wide = {**os.environ, "COLUMNS": "400"}
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    for arguments, said in (
+        ([tmp_path / "out.csv"], "one or more CSVs to read, and last the one to write"),
+        ([tmp_path / "none.csv", tmp_path / "out.csv"], "No such file or directory"),
+        ([tmp_path / "other.csv", tmp_path / "out.csv"], "accepted are results CSVs"),
+        (["--recall", "--cells", tmp_path / "other.csv", tmp_path / "out.csv"], "accepted is one of them"),
+    ):
+        done = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, env=wide)
+        words = " ".join(done.stderr.replace("\u2502", " ").split())
+        assert done.returncode == 2
+        assert said in words
+        assert "Traceback" not in words
+    assert not (tmp_path / "out.csv").exists()
