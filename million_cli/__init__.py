@@ -20,12 +20,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from million_cli.integration.cache import DynamicPQCache, PagedPQCache
-    from million_cli.integration.calibrate import train_codebook
-    from million_cli.integration.dense import DenseCache
-    from million_cli.integration.engine import Engine
-    from million_cli.integration.models import load_model
-    from million_cli.integration.static import StaticPQCache
+    from million_cli.calibration.calibrate import train_codebook
+    from million_cli.engine.dense import DenseCache
+    from million_cli.engine.engine import Engine
+    from million_cli.hf.cache import DynamicPQCache, PagedPQCache
+    from million_cli.hf.models import load_model
+    from million_cli.hf.static import StaticPQCache
 
 __all__ = [
     "DenseCache",
@@ -39,13 +39,13 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOME = {
-    "DenseCache": "million_cli.integration.dense",
-    "Engine": "million_cli.integration.engine",
-    "StaticPQCache": "million_cli.integration.static",
-    "DynamicPQCache": "million_cli.integration.cache",
-    "PagedPQCache": "million_cli.integration.cache",
-    "load_model": "million_cli.integration.models",
-    "train_codebook": "million_cli.integration.calibrate",
+    "DenseCache": "million_cli.engine.dense",
+    "Engine": "million_cli.engine.engine",
+    "StaticPQCache": "million_cli.hf.static",
+    "DynamicPQCache": "million_cli.hf.cache",
+    "PagedPQCache": "million_cli.hf.cache",
+    "load_model": "million_cli.hf.models",
+    "train_codebook": "million_cli.calibration.calibrate",
 }
 
 

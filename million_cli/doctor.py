@@ -47,8 +47,8 @@ def self_test() -> int:
     import torch
 
     from million_cli import PagedPQCache
-    from million_cli.integration.models import random_model
-    from million_cli.integration.sampling import SamplingCache, read_text
+    from million_cli.calibration.sampling import SamplingCache, read_text
+    from million_cli.hf.models import random_model
     from million_cli.pq import TrainSpec, train_codebook
     from million_cli.spec import CodeSpec, PQSpec, WindowSpec
 

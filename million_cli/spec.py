@@ -108,7 +108,7 @@ class ModelFingerprint:
     """What a codebook must agree on with the model it serves.
 
     `layers` are the indices of the full-attention layers (sliding-window layers keep dense caches);
-    `weights` is a digest of the key and value projections (see `integration.models.fingerprint`).
+    `weights` is a digest of the key and value projections (see `hf.models.fingerprint`).
     """
 
     model_type: str

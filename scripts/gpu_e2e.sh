@@ -11,7 +11,7 @@ export PYTHONPATH=$PWD
 
 "$python" -c 'from million_cli.ops.build import build; build()' || exit 1
 for _ in 1 2 3 4 5 6; do
-  "$python" -m million_cli.pipelines.e2e "$out" "$@"
+  "$python" -m million_cli.bench.e2e "$out" "$@"
   code=$?
   # 75: the GPU gave an error that a process does not survive.  Above 128: the process was killed.
   if [ $code -ne 75 ] && [ $code -le 128 ]; then break; fi

@@ -30,5 +30,5 @@ grep -hE "=+ (Warning|Error|    ).*" "$work/racecheck.log" | head -n 40
 tail -n 3 "$work"/*check.log
 # Figures of kernels that fail a test are not worth the time.
 "$python" tests/gpu/record.py "$work" "$out" || exit 1
-"$python" -m million_cli.tasks.kernel_bench "$work/kernel.csv"
+"$python" -m million_cli.bench.kernels "$work/kernel.csv"
 "$python" tests/gpu/record.py "$work" "$out"

@@ -18,8 +18,8 @@ from typing import Annotated
 import torch
 import typer
 
+from million_cli.calibration.sampling import Samples
 from million_cli.files import write_safetensors
-from million_cli.integration.sampling import Samples
 from million_cli.pq import Budget, TrainSpec, train_codebook
 from million_cli.progress import progress
 from million_cli.spec import CodeSpec, ModelFingerprint, PQSpec

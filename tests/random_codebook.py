@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from million_cli.integration.models import fingerprint
+from million_cli.hf.models import fingerprint
 from million_cli.pq.codebook import Codebook, CodebookMeta, ProductQuantizer
 from million_cli.pq.transform import Transform
 from million_cli.spec import CodeSpec

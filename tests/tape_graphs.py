@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from million_cli.integration.step import _step
+from million_cli.hf.step import _step
 
 aten = torch.ops.aten
 HOST_READS = {

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 import million_cli
 from million_cli.errors import UserError
-from million_cli.integration import models as integration_models
-from million_cli.integration.models import random_model
+from million_cli.hf import models as hf_models
+from million_cli.hf.models import random_model
 from million_cli.pq.codebook import Codebook
 from million_cli.pq.train import TrainSpec
 
@@ -33,7 +33,7 @@ def reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "reference-model"
     random_model({**config, "eos_token_id": 256}).save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
-    monkeypatch.setattr(integration_models, "REFERENCE_FOLDER", folder)
+    monkeypatch.setattr(hf_models, "REFERENCE_FOLDER", folder)
     return folder
 
 

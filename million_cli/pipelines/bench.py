@@ -18,11 +18,11 @@ from million_cli.tasks import task_module
 def run_bench(config: JobConfig) -> list[Result]:
     """`million bench`: of one cache, with `bench=kernel` of the kernels, with `bench=e2e` of whole texts."""
     if config.bench.get("name") == "kernel":
-        from million_cli.pipelines.kernel_bench import run_kernel_bench
+        from million_cli.bench.kernel_verb import run_kernel_bench
 
         return run_kernel_bench(config)
     if config.bench.get("name") == "e2e":
-        from million_cli.pipelines.e2e import run_e2e
+        from million_cli.bench.e2e import run_e2e
 
         return run_e2e(config)
     session = Session(config)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from transformers.cache_utils import Cache, DynamicCache
 
+from million_cli.codecs import Codec, CodecSpec, SimulatedCache, make_codec
+from million_cli.codecs.distort import DistortCache
 from million_cli.errors import UserError
-from million_cli.integration.baselines import Codec, CodecSpec, SimulatedCache, make_codec
-from million_cli.integration.cache import DynamicPQCache, PagedPQCache, PQCache
-from million_cli.integration.distort import DistortCache
+from million_cli.hf.cache import DynamicPQCache, PagedPQCache, PQCache
 from million_cli.pipelines.config import BASELINES
 from million_cli.pipelines.session import Session
 from million_cli.pipelines.train_codebook import train

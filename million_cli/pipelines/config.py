@@ -96,7 +96,7 @@ class QuantizerConfig:
     """How keys and values are stored.
 
     Attributes:
-        kind: `dense` (not at all), `pq`, or an alternative of `integration.baselines`: `fp8`, `kivi`,
+        kind: `dense` (not at all), `pq`, or an alternative of `codecs`: `fp8`, `kivi`,
             `per-token`, `quanto` or `hqq`, which are simulated (quality, not memory or time).
         nbits: of an alternative's codes, 1 to 8.
         group: elements that share a scale in an alternative.

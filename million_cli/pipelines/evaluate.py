@@ -30,7 +30,7 @@ Job = tuple[Any, Any]
 """A task's configuration and what it reads: a text, what its module's `load` gives, or None."""
 
 
-ANSWERING = ("pq", "ops", "cache", "integration", "tasks")
+ANSWERING = ("pq", "ops", "cache", "hf", "codecs", "tasks")
 """Where the code is that an answer of a resumable task depends on; a change elsewhere does not undo it."""
 
 

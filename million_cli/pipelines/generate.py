@@ -8,10 +8,10 @@ import time
 import torch
 from transformers import DynamicCache, TextStreamer
 
+from million_cli.engine.dense import DenseCache
+from million_cli.engine.engine import Engine
 from million_cli.errors import UserError
-from million_cli.integration.dense import DenseCache
-from million_cli.integration.engine import Engine
-from million_cli.integration.models import full_attention_layers
+from million_cli.hf.models import full_attention_layers
 from million_cli.pipelines.caches import Caches
 from million_cli.pipelines.config import JobConfig
 from million_cli.pipelines.session import Session

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
+from million_cli.calibration.information import Information, NoGradients
+from million_cli.calibration.sampling import Samples, SamplingCache, read_text
 from million_cli.errors import UserError
-from million_cli.integration.information import Information, NoGradients
-from million_cli.integration.sampling import Samples, SamplingCache, read_text
 from million_cli.pipelines import Result
 from million_cli.pipelines.config import JobConfig
 from million_cli.pipelines.session import Session
@@ -53,7 +53,7 @@ def sample_key(session: Session) -> str:
             "code_text": load_text(CODE).sha256,
             "sample": asdict(config.sample),
             "seed": config.seed,
-            **code_digest("integration", "pipelines/sample.py"),
+            **code_digest("hf", "codecs", "calibration", "pipelines/sample.py"),
         }
     )
 
@@ -62,7 +62,7 @@ def sample(session: Session) -> Path:
     """Sample K and V, or go on with an interrupted sampling, or find a finished one.
 
     Returns:
-        The folder of safetensors shards (`integration.sampling.Samples`).
+        The folder of safetensors shards (`calibration.sampling.Samples`).
 
     Raises:
         UserError: the text is too short, the context too long, or the folder cannot be written.

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from million_cli.errors import UserError
-from million_cli.integration.fold import FoldedValues
-from million_cli.integration.models import fingerprint, load_model, random_model, resolve_device
+from million_cli.hf.fold import FoldedValues
+from million_cli.hf.models import fingerprint, load_model, random_model, resolve_device
 from million_cli.pipelines import Result
 from million_cli.pipelines.config import JobConfig
 from million_cli.pq import Codebook
@@ -108,7 +108,7 @@ class Session:
         Its identity remains that of the weights that were loaded.
 
         Raises:
-            UserError: as `integration.fold.FoldedValues`.
+            UserError: as `hf.fold.FoldedValues`.
         """
         _ = self.identity, self.fingerprint  # before the weights change
         return FoldedValues(self.model, codebook).codebook

@@ -8,12 +8,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from million_cli.calibration.information import mean_of_state
+from million_cli.calibration.measured import Measure
+from million_cli.calibration.sampling import Samples
 from million_cli.errors import UserError
-from million_cli.integration.information import mean_of_state
-from million_cli.integration.sampling import Samples
 from million_cli.pipelines import Result
 from million_cli.pipelines.config import JobConfig
-from million_cli.pipelines.measured import Measure
 from million_cli.pipelines.sample import sample, sample_key
 from million_cli.pipelines.session import Session
 from million_cli.pipelines.stages import code_digest, locked, stage_key
@@ -62,7 +62,7 @@ def train(session: Session) -> Path:
             "seed": config.seed,
             "device": session.device_name,
             "window": asdict(config.cache.window()) if measured else None,
-            **code_digest("pq", "integration/baselines", "pipelines/measured.py"),
+            **code_digest("pq", "codecs", "calibration/measured.py"),
         }
     )
     path = Path(config.out) / "codebooks" / f"{config.model.name}-{quantizer.name}-{key}.safetensors"

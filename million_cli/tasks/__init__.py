@@ -12,9 +12,9 @@ from million_cli.errors import UserError
 TASKS = {
     "perplexity": "million_cli.tasks.perplexity",
     "passkey": "million_cli.tasks.passkey",
-    "speed": "million_cli.tasks.speed",
-    "kernel": "million_cli.tasks.kernel_bench",
-    "e2e": "million_cli.tasks.e2e",
+    "speed": "million_cli.bench.speed",
+    "kernel": "million_cli.bench.kernels",
+    "e2e": "million_cli.bench.cases",
     "longbench": "million_cli.tasks.longbench",
     "lm_eval": "million_cli.tasks.lm_eval",
 }

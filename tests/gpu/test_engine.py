@@ -18,19 +18,19 @@ from torch import Tensor
 from transformers import CompileConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from million_cli.bench.cases import Config
+from million_cli.bench.e2e import Bench
+from million_cli.bench.profile import profile
+from million_cli.bench.stages import breakdown, shares, split_steps
 from million_cli.cache.side_stream import SideStream
-from million_cli.integration.cache import DynamicPQCache, PagedPQCache
-from million_cli.integration.dense import DenseCache, DenseSteps
-from million_cli.integration.engine import Engine
-from million_cli.integration.models import random_model
-from million_cli.integration.sampler import Sampler
-from million_cli.integration.static import StaticPQCache
-from million_cli.pipelines.e2e import Bench
-from million_cli.pipelines.e2e_breakdown import profile
+from million_cli.engine.dense import DenseCache, DenseSteps
+from million_cli.engine.engine import Engine
+from million_cli.engine.sampler import Sampler
+from million_cli.hf.cache import DynamicPQCache, PagedPQCache
+from million_cli.hf.models import random_model
+from million_cli.hf.static import StaticPQCache
 from million_cli.pq.codebook import Codebook
 from million_cli.spec import WindowSpec
-from million_cli.tasks.e2e import Config
-from million_cli.tasks.kernel_stages import breakdown, shares, split_steps
 
 VOCABULARY = 97
 SMALL = WindowSpec(page_size=16, residual=32)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from million_cli.bench.kernels import COLUMNS
 from million_cli.ops.build import suite_digest
-from million_cli.tasks.kernel_bench import COLUMNS
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 RECORDS = sorted(RESULTS.glob("*/suite.json"))

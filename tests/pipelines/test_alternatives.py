@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from million_cli.codecs import CodecSpec, make_codec
 from million_cli.errors import UserError
 from million_cli.hydra_app import compose, conf_folder
-from million_cli.integration.baselines import CodecSpec, make_codec
 from million_cli.pipelines.config import BASELINES
 from million_cli.pipelines.evaluate import run_evaluate
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from million_cli.bench.stage_clock import STAGES
 from million_cli.pipelines import Result, run
-from million_cli.tasks.breakdown import STAGES
 
 
 def test_bench_times_and_draws_the_stages(job, tmp_path):

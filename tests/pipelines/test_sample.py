@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from million_cli.calibration.information import NoGradients
+from million_cli.calibration.sampling import Samples
 from million_cli.errors import UserError
-from million_cli.integration.information import NoGradients
-from million_cli.integration.sampling import Samples
 from million_cli.pipelines import sample as pipeline
 from million_cli.pipelines.sample import run_sample, sample, sample_key
 from million_cli.pipelines.session import Session

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import million_cli
+from million_cli.hf.models import random_model
 from million_cli.hydra_app import compose
-from million_cli.integration.models import random_model
 from million_cli.pipelines.report import report
 from million_cli.pipelines.session import byte_tokenizer
 from million_cli.results import write_rows

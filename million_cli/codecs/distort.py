@@ -1,0 +1,58 @@
+"""A dense cache whose K and V have been through the codec: everything quantised at once, no exact window.
+
+It measures a codebook by itself, as the MILLION paper does; it saves no memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from million_cli.hf.compat import reset_dense_layer
+from million_cli.hf.models import fingerprint
+from million_cli.pq import Codebook, LayerPQ, decode, encode
+
+
+class DistortLayer(DynamicLayer):
+    """Keeps the nearest vectors that codes can express instead of K and V."""
+
+    def __init__(self, keys: LayerPQ, values: LayerPQ) -> None:
+        super().__init__()
+        self._keys, self._values = keys, values
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append `[B, Hkv, N, D]`, coded and decoded, and return all of K and V."""
+        self._keys, self._values = self._keys.to(key_states.device), self._values.to(key_states.device)
+        keys = decode(encode(key_states, self._keys), self._keys, key_states.dtype)
+        values = decode(encode(value_states, self._values), self._values, value_states.dtype)
+        return super().update(keys, values, *args, **kwargs)
+
+
+class DistortCache(Cache):
+    """Full-attention layers distorted by a codebook, sliding ones as transformers has them.
+
+    Attributes:
+        bits: nominal code bits per element.
+
+    Raises:
+        UserError: the codebook belongs to another model.
+    """
+
+    def __init__(self, model: PreTrainedModel, codebook: Codebook) -> None:
+        ours = fingerprint(model)
+        codebook.check(ours)
+        self.bits = codebook.bits_per_element
+        layers = DynamicCache(config=model.config).layers
+        for position, index in enumerate(ours.layers):
+            layers[index] = DistortLayer(codebook.keys.layer(position), codebook.values.layer(position))
+        super().__init__(layers=layers)
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        for layer in self.layers:
+            reset_dense_layer(layer)

@@ -1,0 +1,411 @@
+"""Prefill and decode steps of one model with one cache, each step one replay of a CUDA graph.
+
+The first step of a text runs as it is and warms everything up; the second is captured, from embedding to
+sampled token, and replayed from then on.  The model is transformers' own: it is given a cache of `step_cache`
+and attends through the registered function.  Where steps cannot be captured, on a CPU above all, the same
+steps run one by one, and with a cache that has none, the model's forward with that cache.
+
+Letters: B batch, T tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from million_cli.engine.dense import DenseCache, DenseSteps
+from million_cli.engine.graphs import CudaGraphs, Graph, Graphs
+from million_cli.engine.joined import join_projections
+from million_cli.engine.readback import Readback
+from million_cli.engine.sampler import Sampler
+from million_cli.errors import UserError
+from million_cli.hf.attention import use_pq_attention
+from million_cli.hf.cache import PQCache
+from million_cli.hf.compat import reset_cache
+from million_cli.hf.pq_steps import PQSteps, steps_reason
+from million_cli.hf.step import Steps, padding_of_step, step_cache
+from million_cli.ops.store_ops import KernelFailed
+
+Compile = Literal["none", "default", "tuned"]
+COMPILES: tuple[Compile, ...] = ("none", "default", "tuned")
+LEAST_CHUNK = 256
+"""Tokens of a prefill's chunk below which memory is really out."""
+
+logger = logging.getLogger("million")
+
+
+class Engine:
+    """One text, or batch of texts, at a time.
+
+    Args:
+        model: in evaluation mode, on one device; its attention implementation is set.
+        cache: an empty PQ cache, a `DenseCache`, or any other cache of transformers.
+        sampler: what makes the next token.
+        compile: the step by torch.compile, which fuses the small kernels: "none", "default", or "tuned",
+            which times variants of each kernel first.  Only for caches that have steps.  The model's
+            projections of one input become one product (see `joined`).
+        graphs: what captures steps; None runs them one by one.  "auto" is CUDA graphs on a GPU.
+        bucket: of a `DenseCache`, see `DenseSteps`.
+
+    Attributes:
+        steps: of the cache, None if it is used through its layers.
+        notes: why something is not as asked, each once.
+        logits: `[B, V]` of the latest token; good until the next step.
+        chunk: tokens of a prefill's chunk, None if the prompt went through in one piece.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: Cache,
+        *,
+        sampler: Sampler | None = None,
+        compile: Compile = "none",
+        graphs: Graphs | Literal["auto"] | None = "auto",
+        bucket: int = 1,
+    ) -> None:
+        if compile not in COMPILES:
+            raise UserError(f"compile={compile}: accepted are {', '.join(COMPILES)}")
+        self.model, self.cache, self.sampler = model, cache, sampler or Sampler()
+        self.device = model.device
+        self.notes: list[str] = []
+        self.logits: Tensor | None = None
+        self.chunk: int | None = None
+        self.length = 0
+        self.steps = self._make_steps(bucket)
+        if self.steps is not None:
+            use_pq_attention(model)
+            self._step_cache = step_cache(self.steps, len(cache.layers))
+        self._forward: Callable[..., Any] = model
+        if compile != "none" and self.steps is not None:
+            join_projections(model)
+            self._forward = _compile(model, compile)
+        if graphs == "auto":
+            graphs = CudaGraphs() if self.device.type == "cuda" and self.steps is not None else None
+        self._graphs = graphs
+        self._captured: dict[Hashable, tuple[Graph, Tensor]] = {}
+        self._warm = self._static = False
+        self._tokens = self._positions = self._mask = torch.empty(0)
+        self._first_valid: Tensor | None = None
+
+    def _make_steps(self, bucket: int) -> Steps | None:
+        cache, config = self.cache, self.model.config.get_text_config(decoder=True)
+        reason = None
+        if getattr(config, "attn_logit_softcapping", None) is not None:
+            reason = "softcapped scores"
+        elif isinstance(cache, PQCache):
+            reason = steps_reason(cache)
+        elif not isinstance(cache, DenseCache):
+            reason = f"a {type(cache).__name__}"
+        if reason is not None:
+            self._note(f"steps through the cache's layers: {reason}")
+            return None
+        if isinstance(cache, DenseCache):
+            return DenseSteps(cache, config.num_attention_heads, self.device, bucket)
+        assert isinstance(cache, PQCache)
+        return PQSteps(cache, self.device)
+
+    def _note(self, reason: str) -> None:
+        if reason not in self.notes:
+            self.notes.append(reason)
+            logger.debug("engine: %s", reason)
+
+    @property
+    def mode(self) -> str:
+        """How the latest steps ran: graph, steps (one by one) or layers (through the cache's layers)."""
+        if self.steps is None:
+            return "layers"
+        return "graph" if self._captured else "steps"
+
+    # -- the prompt ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def prefill(
+        self,
+        ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        new_tokens: int = 0,
+        chunk: int | None = None,
+    ) -> Tensor:
+        """Read a prompt.
+
+        In one piece, K and V are attended to exactly; in chunks each one sees what the cache has made of the
+        chunks before.  A prompt that does not fit into memory in one piece is read in the largest chunks
+        that do, halved from its length.
+
+        Args:
+            ids: `[B, T]`.
+            attention_mask: `[B, T]` of 0 (padding, on the left) and 1, or None without padding.
+            new_tokens: steps that will follow, if known: memory is taken for them at once.
+            chunk: tokens at a time.
+
+        Returns:
+            The first new token of each sequence, `[B]`, on the device.
+
+        Raises:
+            UserError: padding that is not on the left, or more tokens than the cache takes.
+        """
+        T = ids.shape[1]
+        mask, first_valid = _left_padding(attention_mask, T)
+        while True:
+            if self.steps is not None:
+                self.steps.expect(T + new_tokens)
+            try:
+                logits = self._read(ids.to(self.device), mask, chunk or T)
+                break
+            except torch.OutOfMemoryError:
+                reset_cache(self.cache)
+                chunk = -(-(chunk or T) // 2)
+                if chunk < LEAST_CHUNK:
+                    raise
+            torch.cuda.empty_cache()
+        self.chunk = chunk if chunk is not None and chunk < T else None
+        if self.chunk:
+            self._note(f"prefill in chunks of {self.chunk}")
+        token = self.sampler(logits)
+        self._begin(T, first_valid, token)
+        self.logits = logits
+        return token
+
+    def _read(self, ids: Tensor, mask: Tensor | None, chunk: int) -> Tensor:
+        T = ids.shape[1]
+        positions = None if mask is None else (mask.long().cumsum(-1) - 1).clamp(min=0)
+        for start in range(0, T, chunk):
+            stop = min(start + chunk, T)
+            output = self.model(
+                input_ids=ids[:, start:stop],
+                attention_mask=None if mask is None else mask[:, :stop].to(self.device),
+                position_ids=None if positions is None else positions[:, start:stop].to(self.device),
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+    @torch.no_grad()
+    def fill(self, batch: int, length: int, new_tokens: int = 0) -> None:
+        """Hold `length` random tokens a sequence in place of a prompt, for measurements of time and memory.
+
+        Raises:
+            UserError: a cache without steps.
+        """
+        if self.steps is None:
+            raise UserError(f"fill: {self.notes[0]}")
+        self.steps.expect(length + new_tokens)
+        self.steps.fill(batch, length)
+        self._begin(length, None, torch.zeros(batch, dtype=torch.int64, device=self.device))
+
+    def reset(self) -> None:
+        """Forget the text; memory and graphs are kept for the next one, which comes in the same batch."""
+        if isinstance(self.cache, PQCache):
+            self.cache.reset(release=self.steps is None)
+        else:
+            reset_cache(self.cache)
+        self.length = 0
+
+    def _begin(self, length: int, first_valid: Tensor | None, token: Tensor) -> None:
+        """Static tensors of the steps, the same ones for the next text if it is of the same form."""
+        self.length = length
+        positions = torch.full((token.shape[0], 1), length, dtype=torch.int64, device=self.device)
+        if first_valid is not None:
+            first_valid = first_valid.to(self.device)
+            positions -= first_valid[:, None]
+        mask = padding_of_step(first_valid, self.device)
+        if self._static and self._mask.shape == mask.shape and self._positions.shape == positions.shape:
+            self._tokens.copy_(token[:, None])
+            self._positions.copy_(positions)
+            self._mask.copy_(mask)
+        else:
+            self._tokens, self._positions, self._mask = token[:, None].clone(), positions, mask.clone()
+            self._captured, self._warm, self._static = {}, False, True
+        self._first_valid = None if first_valid is None else self._mask[:, 0, 0, 0]
+        if self.steps is not None:
+            self.steps.begin(self._first_valid)
+
+    # -- the steps -------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor | None = None) -> Tensor:
+        """Append the latest token, or `tokens [B]` in its place, and make the next.
+
+        Returns:
+            The next token of each sequence, `[B]`, on the device; the host does not wait for it.  Good until
+            the next step.
+
+        Raises:
+            UserError: more tokens than the cache takes, or a strict cache that would have to fall back.
+        """
+        if tokens is not None:
+            self._tokens.copy_(tokens[:, None])
+        key = self.steps.ready() if self.steps is not None else None
+        if self.steps is None or key is None:
+            self._layers_step()
+        elif self._graphs is not None and self._warm and self._capture(key):
+            graph, self.logits = self._captured[key]
+            graph.replay()
+            self.steps.stepped()
+        else:
+            self.steps.prepare(key)
+            self._step()
+        self.length += 1
+        return self._tokens[:, 0]
+
+    @torch.no_grad()
+    def capture(self, steps: int) -> None:
+        """Capture what the next `steps` steps need, after a first one; a dense cache needs a graph a length.
+
+        With a dense cache the graphs are also replayed once, as a first launch takes longer, and undone.
+        """
+        if self._graphs is None or self.steps is None or not self._warm:
+            return
+        if not isinstance(self.steps, DenseSteps):
+            key = self.steps.ready()
+            if key is not None:
+                self._capture(key)
+            return
+        start = self.length
+        before = self._tokens.clone(), self._positions.clone()
+        for _ in range(steps):
+            self.step()
+        self.steps.rewind(start)
+        self.length = start
+        self._tokens.copy_(before[0]), self._positions.copy_(before[1])
+
+    def _capture(self, key: Hashable) -> bool:
+        """See to it that there is a graph for `key`; False if steps cannot be captured."""
+        if key in self._captured:
+            return True
+        assert self.steps is not None
+        assert self._graphs is not None
+        self.steps.prepare(key)
+        if isinstance(self.steps, PQSteps):
+            self._captured.clear()  # its tensors have moved
+        try:
+            graph = self._graphs.capture(self._launch)
+        except (RuntimeError, KernelFailed) as error:
+            self._note(f"steps one by one: they cannot be captured: {str(error).splitlines()[0]}")
+            self._graphs, self._captured = None, {}
+            return False
+        assert self.logits is not None
+        self._captured[key] = graph, self.logits
+        return True
+
+    def _launch(self) -> None:
+        """One step over static tensors; nothing here is decided by what the device holds."""
+        self.logits = self._forward(
+            input_ids=self._tokens,
+            position_ids=self._positions,
+            attention_mask=self._mask,
+            past_key_values=self._step_cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        self._tokens.copy_(self.sampler(self.logits)[:, None])
+        self._positions.add_(1)
+
+    def _step(self) -> None:
+        assert self.steps is not None
+        try:
+            self._launch()
+        except KernelFailed as error:
+            assert isinstance(self.steps, PQSteps)
+            self.steps.failed(error)
+            self._layers_step()
+            return
+        self.steps.stepped()
+        self._warm = True
+
+    def _layers_step(self) -> None:
+        """One step through the cache's own layers."""
+        if self.steps is not None:
+            self.steps, self._captured = None, {}
+            self._note("steps through the cache's layers: the kernels were given up")
+        mask = None
+        if self._first_valid is not None:
+            mask = torch.arange(self.length + 1, device=self.device) >= self._first_valid[:, None]
+        self.logits = self.model(
+            input_ids=self._tokens,
+            position_ids=self._positions,
+            attention_mask=mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        self._tokens.copy_(self.sampler(self.logits)[:, None])
+        self._positions.add_(1)
+
+    # -- both ------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        max_new_tokens: int,
+        eos: Sequence[int] = (),
+        pad: int = 0,
+    ) -> Iterator[list[int]]:
+        """The new tokens of each sequence, one step after the other, as the host learns of them.
+
+        The host is one step behind the device, so that the device never waits.  A sequence that has ended
+        goes on with `pad`; the iteration ends when all have.
+
+        Args:
+            ids, attention_mask: as for `prefill`.
+            max_new_tokens: of each sequence, at least 1.
+            eos: tokens that end a sequence.
+
+        Raises:
+            UserError: as for `prefill` and `step`.
+        """
+        token = self.prefill(ids, attention_mask, new_tokens=max_new_tokens - 1)
+        readback = Readback(token)
+        readback.send(token)
+        alive = [True] * ids.shape[0]
+        for made in range(max_new_tokens):
+            if made + 1 < max_new_tokens:
+                readback.send(self.step())
+            tokens = [
+                token if living else pad for token, living in zip(readback.receive(), alive, strict=True)
+            ]
+            yield tokens
+            alive = [living and token not in eos for living, token in zip(alive, tokens, strict=True)]
+            if not any(alive):
+                return
+
+
+def _left_padding(mask: Tensor | None, T: int) -> tuple[Tensor | None, Tensor | None]:
+    """(mask, first valid position int32 `[B]`), both None without padding.
+
+    Raises:
+        UserError: padding that is not on the left.
+    """
+    if mask is None:
+        return None, None
+    mask = mask.bool()
+    first_valid = (T - mask.sum(-1)).int()
+    if not torch.equal(torch.arange(T, device=mask.device) >= first_valid[:, None], mask):
+        raise UserError("attention_mask: accepted is padding on the left")
+    if not bool(first_valid.any()):
+        return None, None
+    return mask, first_valid
+
+
+def _compile(model: PreTrainedModel, how: Compile) -> Callable[..., Any]:
+    """The model's forward compiled for steps, once a model: the step is the same whatever the cache."""
+    # Kept by the model, as transformers keeps its own: what is compiled refers to the model and goes with it.
+    known: dict[Compile, Callable[..., Any]] = model.__dict__.setdefault("_million_steps", {})
+    if how not in known:
+        # Batches are shapes of their own, each a compilation.
+        torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
+        options: dict[str, Any] | None = {"coordinate_descent_tuning": True} if how == "tuned" else None
+        known[how] = torch.compile(model.forward, fullgraph=True, dynamic=False, options=options)
+    return known[how]

@@ -1,0 +1,168 @@
+"""What transformers calls for attention: dense K and V go on to its sdpa, handles to attention over codes.
+
+An attention layer gives the two objects that `Cache.update` returned, untouched, to the function registered
+under its `_attn_implementation`.  So a PQ cache returns a `PQHandle` in place of K and V, and nothing of
+transformers is patched.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from million_cli.cache.view import KVView
+from million_cli.errors import UserError
+from million_cli.hf.padding import padding_mask, unless_all_seen
+from million_cli.hf.step import StepHandle, step_attention
+
+# No "flash", "paged|" or "/" in it: transformers gives those a meaning.
+ATTENTION_NAME = "million_pq"
+_SOFTCAP_ROWS = 256  # queries whose scores are alive at once
+
+
+class Attend(Protocol):
+    """Attention of the N newest tokens `query [B, Hq, N, D]` over a view; see `cache.view.attend`."""
+
+    def __call__(
+        self, query: Tensor, view: KVView, *, scale: float, mask: Tensor | None, softcap: float | None
+    ) -> Tensor: ...
+
+
+class PQHandle:
+    """Stands for K and for V of one layer on their way from the cache to the attention function.
+
+    It has no dense form: any use as a tensor, which is what a model with another attention implementation
+    tries, raises a `UserError` that says what to do.
+    """
+
+    def __init__(self, view: KVView, attend: Attend) -> None:
+        self.view = view
+        self.attend = attend
+
+    def to(self, *args: Any, **kwargs: Any) -> PQHandle:
+        """The handle itself: some models move K and V to a layer's device, and codes already are there."""
+        return self
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("_"):  # what Python and pytree utilities probe for
+            raise AttributeError(name)
+        raise UserError(
+            f"the model's attention cannot read a PQ cache (it asked for `.{name}` of K or V); "
+            f"build the cache from the model, or call model.set_attn_implementation({ATTENTION_NAME!r})"
+        )
+
+
+def use_pq_attention(model: PreTrainedModel) -> None:
+    """Make `model` use the attention implementation that serves PQ caches; dense caches keep working.
+
+    Raises:
+        UserError: the model's code does not go through transformers' attention interface.
+    """
+    if model.config.get_text_config(decoder=True)._attn_implementation == ATTENTION_NAME:
+        return
+    model.set_attn_implementation(ATTENTION_NAME)
+    if model.config.get_text_config(decoder=True)._attn_implementation != ATTENTION_NAME:
+        raise UserError(
+            f"model_type={model.config.model_type}: its attention cannot be replaced; accepted are models "
+            "that use transformers' attention interface"
+        )
+
+
+def pq_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor | PQHandle | StepHandle,
+    value: Tensor | PQHandle | StepHandle,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention in the form that transformers registers.
+
+    Args:
+        query: `[B, Hq, N, D]`.
+        key, value: `[B, Hkv, T, D]`, or the same `PQHandle` or `StepHandle` twice.
+        attention_mask: what `padding_mask` made: None where causality says it all, else bool `[B, 1, N, T]`;
+            for a `StepHandle` what `padding_of_step` made.
+
+    Returns:
+        `[B, N, Hq, D]`, and no attention weights.
+
+    Raises:
+        UserError: a feature that attention over codes does not have.
+    """
+    for name in ("s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise UserError(f"attention with {name} is not supported by {ATTENTION_NAME}")
+    if kwargs.get("output_attentions"):
+        raise UserError("output_attentions=True: attention over codes keeps no weights; accepted is False")
+    if isinstance(key, StepHandle):
+        assert softcap is None, "refused when the steps were made"
+        return step_attention(
+            query, key, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling
+        )
+    if isinstance(key, PQHandle):
+        view = key.view
+        if dropout:
+            raise UserError(f"attention_dropout={dropout}: a PQ cache does not train; call model.eval()")
+        if not _plain_causal(module, kwargs) and attention_mask is None and query.shape[2] > 1:
+            raise UserError("bidirectional attention: a PQ cache serves causal attention only")
+        # sdpa reads "no mask" as causal from the upper left: right only if the queries are all the tokens.
+        sdpa_knows = attention_mask is not None or query.shape[2] in (1, view.length)
+        if view.coded or view.device_layer is not None or not sdpa_knows:
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            output = key.attend(query, view, scale=scale, mask=attention_mask, softcap=softcap)
+            return output.transpose(1, 2).contiguous(), None
+        key, value = view.keys, view.values
+    assert isinstance(value, Tensor)
+    attention_mask = unless_all_seen(attention_mask)
+    if softcap is not None:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return _softcapped(query, key, value, attention_mask, scale, softcap), None
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+    )
+
+
+def _plain_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    is_causal = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+
+
+def _softcapped(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float
+) -> Tensor:
+    """Dense attention whose scores are softcap * tanh(scores / softcap) (Gemma 2), which sdpa cannot do.
+
+    Shapes as in `pq_attention_forward`; returns `[B, N, Hq, D]`.  Arithmetic in float32, float64 for float64.
+    """
+    N, T = query.shape[2], key.shape[2]
+    if mask is None:
+        # As sdpa reads it: one query sees everything, several are causal from the upper left.
+        mask = torch.ones(N, T, dtype=torch.bool, device=query.device).tril(T - 1 if N == 1 else 0)[
+            None, None
+        ]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    grouped = query.to(dtype).unflatten(1, (key.shape[1], -1)) * scale  # [B, Hkv, G, N, D]
+    key, value = key.to(dtype), value.to(dtype)
+    outputs = []
+    for rows in torch.arange(N, device=query.device).split(_SOFTCAP_ROWS):
+        scores = torch.einsum("bhgnd,bhtd->bhgnt", grouped[..., rows, :], key)
+        scores = softcap * torch.tanh(scores / softcap)
+        seen = mask[:, :, None, rows, :T]
+        if mask.dtype == torch.bool:
+            scores = scores.masked_fill(~seen, torch.finfo(dtype).min)
+        else:
+            scores = scores + seen
+        outputs.append(torch.einsum("bhgnt,bhtd->bnhgd", scores.softmax(-1), value))
+    return torch.cat(outputs, dim=1).flatten(2, 3).to(query.dtype)
+
+
+AttentionInterface.register(ATTENTION_NAME, pq_attention_forward)
+AttentionMaskInterface.register(ATTENTION_NAME, padding_mask)

@@ -1,0 +1,439 @@
+"""The caches that `model.generate(past_key_values=...)` takes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+
+from million_cli.cache.contiguous import ContiguousStore
+from million_cli.cache.page_manager import PagePoolExhausted
+from million_cli.cache.paged import PagedStore
+from million_cli.cache.store import CodeStore
+from million_cli.cache.view import KVView, attend
+from million_cli.errors import UserError
+from million_cli.hf.attention import PQHandle, use_pq_attention
+from million_cli.hf.compat import reset_dense_layer, tokens_to_remove
+from million_cli.hf.models import fingerprint, full_attention_layers
+from million_cli.hf.padding import LeftPadding
+from million_cli.hf.select import (
+    COMPILED,
+    Choice,
+    Compute,
+    Fallback,
+    Kernels,
+    Request,
+    choose,
+    log_once,
+    refuse,
+)
+from million_cli.ops.store_ops import KernelFailed, StoreOps
+from million_cli.ops.support import KernelQuery, Store
+from million_cli.pq.codebook import Codebook
+from million_cli.spec import WindowSpec
+
+Prefill = Literal["exact", "quantized"]
+
+
+class PQLayer(CacheLayerMixin):
+    """A full-attention layer of a PQ cache: appends to the cache's store, returns handles instead of tensors.
+
+    What concerns all layers at once (reset, crop, reorder, ...) is done by the cache, once.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = False  # cropping into the coded part brings decoded vectors back, not the original ones
+    supports_early_init = False
+
+    def __init__(self, cache: PQCache, position: int) -> None:
+        super().__init__()
+        self._cache = cache
+        self._position = position
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True  # the store allocates for itself
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:  # a pair of handles; transformers' annotation says tensors
+        """Append `[B, Hkv, N, D]`; the handle stands for K and for V in the attention function."""
+        self.is_initialized = True
+        handle = self._cache.append(self._position, key_states, value_states)
+        return handle, handle
+
+    def get_seq_length(self) -> int:
+        return self._cache.store.length(self._position)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(length, offset) of the keys that a mask for `query_length` new tokens covers."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class PQCache(Cache):
+    """What the PQ caches share.  Sliding-window layers are transformers' own, dense.
+
+    Attributes:
+        codebook: that codes K and V.
+        store: the codes and windows of the full-attention layers.
+        backend: what serves the cache now, and every fallback so far.
+    """
+
+    _layer_class = PQLayer
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PreTrainedConfig,
+        codebook: Codebook,
+        window: WindowSpec | None,
+        request: Request,
+        make_store: dict[Store, Callable[[StoreOps | None], CodeStore]],
+        kernels: Kernels,
+    ) -> None:
+        config = model if isinstance(model, PreTrainedConfig) else model.config
+        text_config = config.get_text_config(decoder=True)
+        if isinstance(model, PreTrainedConfig):
+            # What only the weights can tell is taken from the codebook; `append` checks the shapes.
+            ours = replace(
+                codebook.meta.fingerprint,
+                model_type=text_config.model_type,
+                num_layers=text_config.num_hidden_layers,
+                layers=full_attention_layers(config),
+            )
+            device, dtype = torch.device("cpu"), torch.float32
+        else:
+            ours = fingerprint(model)
+            device, dtype = model.device, model.dtype
+        codebook.check(ours)
+        self.codebook = codebook
+        self._request, self._make_store, self._kernels = request, make_store, kernels
+        self._query = KernelQuery(
+            request.store,
+            device,
+            dtype,
+            codebook.specs,
+            window or WindowSpec(),
+            ours.num_kv_heads,
+            text_config.num_attention_heads // ours.num_kv_heads,
+            softcap=getattr(text_config, "attn_logit_softcapping", None) is not None,
+        )
+        self._padding = LeftPadding()
+        self._fallbacks: tuple[Fallback, ...] = ()
+        self._decide(device, dtype)
+        if not isinstance(model, PreTrainedConfig):
+            use_pq_attention(model)
+        layers = DynamicCache(config=text_config).layers
+        for position, index in enumerate(ours.layers):
+            layers[index] = self._layer_class(self, position)
+        super().__init__(layers=layers)
+
+    # -- what serves it --------------------------------------------------------------------------------------
+
+    @property
+    def backend(self) -> Choice:
+        """Store and compute in use, with all fallbacks since construction."""
+        return replace(self._choice, fallbacks=self._fallbacks)
+
+    @property
+    def fallbacks(self) -> tuple[Fallback, ...]:
+        """Everything that was not as asked, in order, each once."""
+        return self._fallbacks
+
+    @property
+    def bits(self) -> float:
+        """Nominal code bits per element; window and codebooks are not in it."""
+        return self.store.bits
+
+    @property
+    def has_dense_layers(self) -> bool:
+        """Whether some layers are transformers' own, with sliding windows."""
+        return bool(self._dense_layers())
+
+    @property
+    def kv_shape(self) -> KernelQuery:
+        """Heads, head_dim, dtype and device of the keys and values it takes, among others."""
+        return self._query
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of the tensors held, by use; see `CodeStore.memory`.
+
+        `dense` are the sliding-window layers; `total` is all but `codebooks`.
+        """
+        parts = self.store.memory()
+        dense = sum(
+            t.nbytes for layer in self._dense_layers() for t in (layer.keys, layer.values) if t is not None
+        )
+        parts["dense"] = dense
+        parts["total"] += dense
+        parts["codebooks"] = self.codebook.size_bytes(torch.float32)
+        return parts
+
+    def _decide(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Choose store and compute for a device and dtype, and start with an empty store."""
+        self._query = replace(self._query, device=device, dtype=dtype)
+        self._decided = self._choice = choose(self._request, self._query, self._kernels.support)
+        self._record(self._choice.fallbacks)
+        ops = self._kernels.make_ops(self._choice.store) if self._choice.compute == "kernel" else None
+        self.store = self._make_store[self._choice.store](ops)
+        self._padding.forget()
+
+    def _fall_back(self, store: Store, compute: Compute, reason: str) -> None:
+        """Give up what is in use; the caller moves the contents.
+
+        Raises:
+            UserError: the run is strict.
+        """
+        choice = replace(self._choice, fallbacks=()).fall_back(store, compute, reason)
+        if self._request.strict:
+            refuse(choice)
+        self._choice = choice
+        self._record(choice.fallbacks)
+
+    def kernel_failed(self, error: KernelFailed) -> None:
+        """Go on in torch over the same codes.
+
+        Raises:
+            UserError: the run is strict.
+        """
+        self._fall_back(self._choice.store, "torch", f"the kernel failed: {error}")
+        self.store.ops = None
+
+    def _record(self, fallbacks: tuple[Fallback, ...]) -> None:
+        self._fallbacks += tuple(f for f in fallbacks if f not in self._fallbacks)
+        for fallback in fallbacks:
+            log_once(fallback)
+
+    # -- reading and appending -------------------------------------------------------------------------------
+
+    def append(self, position: int, keys: Tensor, values: Tensor) -> PQHandle:
+        """Append `[B, Hkv, N, D]` to the full-attention layer `position` (counted among those).
+
+        Raises:
+            UserError: the batch differs from that of earlier appends, the shape from the codebook's, or a
+                strict cache would have to fall back.
+        """
+        if self.store.batch is None:
+            expected = (self._query.num_kv_heads, self._query.specs[0].keys.head_dim)
+            if (keys.shape[1], keys.shape[3]) != expected:
+                raise UserError(
+                    f"(KV heads, head_dim)={(keys.shape[1], keys.shape[3])}: the codebook is for {expected}"
+                )
+            if (keys.device, keys.dtype) != (self._query.device, self._query.dtype):
+                self._decide(keys.device, keys.dtype)
+        if keys.shape[2] > 1:
+            self._padding.forget()
+        try:
+            view = self.store.append(position, keys, values)
+        except KernelFailed as error:
+            self.kernel_failed(error)
+            view = self.store.append(position, keys, values)
+        except PagePoolExhausted as error:
+            view = self._without_pages(str(error)).append(position, keys, values)
+        except RuntimeError as error:
+            if not (isinstance(self.store, PagedStore) and _is_out_of_memory(error)):
+                raise
+            size = "that grows" if self.store.max_pages is None else f"of {self.store.max_pages} pages"
+            view = self._without_pages(f"no memory for a pool {size}").append(position, keys, values)
+        return PQHandle(view, self._attend)
+
+    def reserve(self, length: int) -> bool:
+        """Make room for steps up to `length` tokens; False if kernels no longer serve the cache then.
+
+        Raises:
+            UserError: a strict cache would have to fall back.
+        """
+        try:
+            self.store.reserve(length)
+        except PagePoolExhausted as error:
+            self._without_pages(str(error))
+            if self._choice.compute == "kernel":
+                self.store.begin_steps()
+                self.store.reserve(length)
+        return self._choice.compute == "kernel"
+
+    def _without_pages(self, reason: str) -> CodeStore:
+        """Go on in a contiguous store with the same tokens."""
+        assert isinstance(self.store, PagedStore)
+        kernel = self._choice.compute == "kernel" and (
+            self._kernels.support(replace(self._query, store="contiguous")) is None
+        )
+        self._fall_back("contiguous", "kernel" if kernel else "torch", reason)
+        self.store = self.store.to_contiguous(self._kernels.make_ops("contiguous") if kernel else None)
+        return self.store
+
+    def _attend(
+        self, query: Tensor, view: KVView, *, scale: float, mask: Tensor | None, softcap: float | None
+    ) -> Tensor:
+        if view.device_layer is not None and self._choice.compute == "kernel":
+            assert softcap is None, "refused when the choice was made"
+            first_valid, reason = self._padding.read(mask)
+            if reason is None:
+                try:
+                    return self.store.attend(query, view, scale=scale, first_valid=first_valid)
+                except KernelFailed as error:
+                    self.kernel_failed(error)
+            else:  # this text only
+                passed_over = Fallback(str(self._choice), f"{self._choice.store} torch", reason)
+                if self._request.strict:
+                    refuse(replace(self._choice, fallbacks=(passed_over,)))
+                self._record((passed_over,))
+        return attend(query, view, scale=scale, mask=mask, softcap=softcap)
+
+    # -- what transformers asks of a cache -------------------------------------------------------------------
+
+    def reset(self, release: bool = True) -> None:
+        """Forget all tokens and free the memory; a paged cache that fell back starts with a pool again.
+
+        Without `release` the memory is kept for a text in the same batch, see `CodeStore.reset`.
+        """
+        self._padding.forget()
+        if self._choice == self._decided:
+            self.store.reset(release)
+        else:
+            self._decide(self._query.device, self._query.dtype)
+        for layer in self._dense_layers():
+            reset_dense_layer(layer)
+
+    def crop(self, argument: int) -> None:
+        """Remove tokens from the end: -n removes n, a positive argument is the length to keep (see `compat`).
+
+        Cutting into the coded part brings the tokens that become exact again back as decoded vectors.
+        """
+        length = self.store.length()
+        removed = tokens_to_remove(argument, length)
+        self.store.crop(length - removed)
+        self._padding.forget()
+        for layer in self._dense_layers():
+            layer.crop(-removed)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Sequence i becomes a copy of sequence beam_idx[i]."""
+        self.store.reorder(beam_idx)
+        self._padding.forget()
+        for layer in self._dense_layers():
+            layer.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each sequence becomes `repeats` neighbouring copies."""
+        self.store.repeat_interleave(repeats)
+        self._padding.forget()
+        for layer in self._dense_layers():
+            layer.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences `indices`, in that order."""
+        self.store.select(indices)
+        self._padding.forget()
+        for layer in self._dense_layers():
+            layer.batch_select_indices(indices)
+
+    def _dense_layers(self) -> list[Any]:
+        return [
+            layer
+            for layer in self.layers
+            if isinstance(layer, CacheLayerMixin) and not isinstance(layer, PQLayer)
+        ]
+
+
+class DynamicPQCache(PQCache):
+    """A KV cache of product codes in contiguous buffers that grow with the text, behind a residual window.
+
+    Args:
+        model: the model to serve, whose attention implementation is set accordingly.  A configuration will do
+            too; then only shapes are checked, and the model must have had `use_pq_attention(model)`.
+        codebook: trained for the model, or the path of one.
+        window: page size and residual window; the default is 64 and 128 tokens.
+        prefill: what several new tokens at once attend to: "exact" K and V of all tokens that were not coded
+            before, or "quantized", exactly what they would have seen one by one.
+        compute: "auto" takes a compiled kernel for decode steps on a GPU where there is one, and compiles it
+            if it has to; "kernel" asks for it anywhere, "torch" is the reference.
+        strict: raise instead of falling back to anything that was not asked for.
+        kernels: where compiled operations come from; the default are the package's own CUDA kernels.
+
+    Raises:
+        UserError: a codebook of another model, an unsupported architecture, an argument out of range, or a
+            fallback of a strict cache.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PreTrainedConfig,
+        codebook: Codebook | str | os.PathLike[str],
+        window: WindowSpec | None = None,
+        *,
+        prefill: Prefill = "exact",
+        compute: Literal["auto", "kernel", "torch"] = "auto",
+        strict: bool = False,
+        kernels: Kernels = COMPILED,
+    ) -> None:
+        codebook = codebook if isinstance(codebook, Codebook) else Codebook.load(codebook)
+        layers = _layers_of(codebook)
+        super().__init__(
+            model,
+            codebook,
+            window,
+            Request("contiguous", compute, strict),
+            {"contiguous": lambda ops: ContiguousStore(layers, window, prefill=prefill, ops=ops)},
+            kernels,
+        )
+
+
+class PagedPQCache(PQCache):
+    """A KV cache of product codes in pages of a pool behind a residual window; a block table finds them.
+
+    Its attention is that of `DynamicPQCache`; beams share pages.  When the pool runs out in the midst of a
+    text, the cache goes on with a contiguous store and the same tokens, and says so in `fallbacks`.
+
+    Args:
+        max_pages: size of the pool, for all sequences together; None lets it grow.
+        others: as for `DynamicPQCache`.
+
+    Raises:
+        UserError: as `DynamicPQCache`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PreTrainedConfig,
+        codebook: Codebook | str | os.PathLike[str],
+        window: WindowSpec | None = None,
+        *,
+        max_pages: int | None = None,
+        prefill: Prefill = "exact",
+        compute: Literal["auto", "kernel", "torch"] = "auto",
+        strict: bool = False,
+        kernels: Kernels = COMPILED,
+    ) -> None:
+        codebook = codebook if isinstance(codebook, Codebook) else Codebook.load(codebook)
+        layers = _layers_of(codebook)
+        super().__init__(
+            model,
+            codebook,
+            window,
+            Request("paged", compute, strict),
+            {
+                "paged": lambda ops: PagedStore(
+                    layers, window, prefill=prefill, max_pages=max_pages, ops=ops
+                ),
+                "contiguous": lambda ops: ContiguousStore(layers, window, prefill=prefill, ops=ops),
+            },
+            kernels,
+        )
+
+
+def _layers_of(codebook: Codebook) -> list[Any]:
+    return [(codebook.keys.layer(i), codebook.values.layer(i)) for i in range(codebook.num_layers)]
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """CUDA has a type for it; the CPU allocator raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,0 +1,87 @@
+"""Decode steps of a PQ cache by its compiled operations, all state on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor
+
+from million_cli.hf.cache import PQCache
+from million_cli.hf.step import new_marker
+from million_cli.ops.store_ops import KernelFailed
+
+
+class PQSteps:
+    """`Steps` of a PQ cache that kernels serve.
+
+    Page ids and the device's block table are brought up to date a page of tokens ahead of need, so most steps
+    do nothing on the host.
+
+    Args:
+        cache: empty.
+        device: where all its layers are.
+    """
+
+    def __init__(self, cache: PQCache, device: torch.device) -> None:
+        assert steps_reason(cache) is None
+        self.cache = cache
+        self.marker = new_marker(self, device)
+        self._device = device
+        self._expected = self._room = 0
+        self._places: tuple[int, ...] = ()
+
+    def expect(self, length: int) -> None:
+        self._expected = length
+        self.cache.store.expect(length)
+
+    def begin(self, first_valid: Tensor | None) -> None:
+        self.cache.store.begin_steps()
+        self._room = 0
+
+    def ready(self) -> Hashable | None:
+        store = self.cache.store
+        needed = store.length() + 1
+        if needed > self._room:
+            ahead = store.length() + store.window.page_size
+            self._room = max(needed, min(ahead, self._expected)) if self._expected else ahead
+            if not self.cache.reserve(self._room):
+                return None
+            self._places = store.places()
+        return self._places
+
+    def prepare(self, key: Hashable) -> None:
+        pass
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, first_valid: Tensor | None, scale: float
+    ) -> Tensor:
+        return self.cache.store.step(layer, query, key, value, scale=scale, first_valid=first_valid)
+
+    def stepped(self) -> None:
+        self.cache.store.stepped()
+
+    def failed(self, error: KernelFailed) -> None:
+        """Go on in torch, through the cache's layers.
+
+        Raises:
+            UserError: the cache is strict.
+        """
+        self.cache.kernel_failed(error)
+
+    def fill(self, batch: int, length: int) -> None:
+        shape = self.cache.kv_shape
+        D = shape.specs[0].keys.head_dim
+        nothing = torch.zeros(batch, shape.num_kv_heads, 2, D, dtype=shape.dtype, device=self._device)
+        for position in range(self.cache.store.num_layers):
+            self.cache.append(position, nothing, nothing)
+        self.cache.store.fill(length)
+
+
+def steps_reason(cache: PQCache) -> str | None:
+    """Why there are no `PQSteps` for a cache, or None."""
+    if cache.backend.compute != "kernel":
+        return "no compiled kernels serve the cache"
+    if cache.has_dense_layers:
+        return "layers with sliding windows"
+    return None

@@ -1,0 +1,168 @@
+"""A PQ cache of fixed size for `generate`'s own compiled path.
+
+transformers compiles a decode step, as CUDA graphs on a GPU, if all layers of the cache say that they can be.
+Such a step runs no Python, so the tokens are counted on the device, and the host asks when it has to know.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from million_cli.errors import UserError
+from million_cli.hf.attention import PQHandle
+from million_cli.hf.cache import PagedPQCache, PQLayer
+from million_cli.hf.pq_steps import PQSteps, steps_reason
+from million_cli.hf.select import COMPILED, Kernels
+from million_cli.hf.step import StepHandle
+from million_cli.pq.codebook import Codebook
+from million_cli.spec import WindowSpec
+
+
+class StaticPQLayer(PQLayer):
+    """A layer whose steps of one token can be compiled; several tokens at once are appended as ever."""
+
+    marker: Tensor | None = None
+
+    @property
+    def is_compileable(self) -> bool:  # type: ignore[override]  # a class attribute in transformers
+        return self._cache.can_step  # type: ignore[attr-defined]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.marker is None or key_states.shape[2] > 1:
+            return super().update(key_states, value_states, *args, **kwargs)
+        handle = StepHandle(key_states, value_states, self.marker, self._position)
+        return handle, handle
+
+    def get_seq_length(self) -> Any:
+        """Tokens: a number, or while steps are made a tensor of no dimensions on the device."""
+        return self._cache.tokens  # type: ignore[attr-defined]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Asked before each step, on the host: (0, 0) says that a step is to come."""
+        if self._cache.before_forward(query_length):  # type: ignore[attr-defined]
+            return 0, 0
+        return self._cache.store.length(self._position) + query_length, 0
+
+    def get_max_length(self) -> int:
+        return int(self._cache.max_length)  # type: ignore[attr-defined]
+
+
+class StaticPQCache(PagedPQCache):
+    """A `PagedPQCache` with memory for `max_length` tokens a sequence, taken at the first append.
+
+    Where kernels serve it and all layers have full attention, `generate` compiles its steps as those of a
+    static cache; else it behaves as a `PagedPQCache`.
+
+    Args:
+        max_length: prompt and new tokens together.
+        others: as for `PagedPQCache`.
+
+    Raises:
+        UserError: as `PagedPQCache`; later, more tokens than `max_length`.
+    """
+
+    _layer_class = StaticPQLayer
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        codebook: Codebook | str | os.PathLike[str],
+        window: WindowSpec | None = None,
+        *,
+        max_length: int,
+        prefill: Literal["exact", "quantized"] = "exact",
+        compute: Literal["auto", "kernel", "torch"] = "auto",
+        strict: bool = False,
+        kernels: Kernels = COMPILED,
+    ) -> None:
+        if max_length < 1:
+            raise UserError(f"max_length={max_length}: accepted are positive integers")
+        self.max_length = max_length
+        self._steps: PQSteps | None = None
+        self._asked = 0  # steps that may have been made since the host last knew the length
+        super().__init__(
+            model, codebook, window, prefill=prefill, compute=compute, strict=strict, kernels=kernels
+        )
+
+    @property
+    def can_step(self) -> bool:
+        """Whether steps of one token can be compiled."""
+        return steps_reason(self) is None
+
+    @property
+    def tokens(self) -> int | Tensor:
+        """Tokens a sequence; while steps are made, on the device."""
+        return self.store.device_length() if self._asked else self.store.length()
+
+    def before_forward(self, new_tokens: int) -> bool:
+        """Make room for a forward pass; True if it is a step.
+
+        Raises:
+            UserError: more tokens than there is room for.
+        """
+        is_step = new_tokens == 1 and self.can_step and self.store.batch is not None
+        if not is_step or self.store.length() + self._asked + 1 > self.max_length:
+            self._settle()
+        if self.store.length() + new_tokens > self.max_length:
+            raise UserError(
+                f"{self.store.length() + new_tokens} tokens: this cache was made for {self.max_length}"
+            )
+        if is_step and not self._asked:
+            self._begin_steps()
+        self._asked += is_step
+        return is_step
+
+    def append(self, position: int, keys: Tensor, values: Tensor) -> PQHandle:
+        self._settle()
+        if self.store.batch is None:
+            self.store.expect(self.max_length)
+        return super().append(position, keys, values)
+
+    def _begin_steps(self) -> None:
+        """Take all pages and make what the operations keep: a compiled step must not."""
+        if self._steps is None:
+            self._steps = PQSteps(self, self._query.device)
+        self._steps.begin(None)
+        self.store.reserve(self.max_length)
+        self.store.prime(self._query.num_kv_heads * self._query.group)
+        for layer in self.layers:
+            assert isinstance(layer, StaticPQLayer)
+            layer.marker = self._steps.marker
+
+    def _settle(self) -> None:
+        """Ask the device how many steps there have been."""
+        if not self._asked:
+            return
+        self._asked = 0
+        self.store.stepped(int(self.store.device_length()) - self.store.length())
+        for layer in self.layers:
+            if isinstance(layer, StaticPQLayer):
+                layer.marker = None
+
+    def memory(self) -> dict[str, int]:
+        self._settle()
+        return super().memory()
+
+    def reset(self, release: bool = True) -> None:
+        self._settle()
+        super().reset(release)
+
+    def crop(self, argument: int) -> None:
+        self._settle()
+        super().crop(argument)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._settle()
+        super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._settle()
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._settle()
+        super().batch_select_indices(indices)

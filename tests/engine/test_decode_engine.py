@@ -1,0 +1,331 @@
+"""The engine on a CPU: its tokens are those of `generate`, its steps can be captured and replayed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from device_ops import DeviceOps
+from tape_graphs import TapeGraphs
+from tiny_models import ARCHITECTURES, WINDOW, codebook_for, random_ids, tiny_model
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
+
+from million_cli.engine.dense import DenseCache
+from million_cli.engine.engine import Engine
+from million_cli.engine.sampler import Sampler
+from million_cli.errors import UserError
+from million_cli.hf.cache import DynamicPQCache, PagedPQCache
+from million_cli.hf.select import Kernels
+
+FULL = [name for name in ARCHITECTURES if not name.startswith("gemma")]
+ON_DEVICE = Kernels(lambda query: None, DeviceOps)
+
+
+def pq_cache(kind: str = "paged", architecture: str = "llama", compute: str = "kernel", **options) -> Cache:
+    cls = PagedPQCache if kind == "paged" else DynamicPQCache
+    kernels = {"compute": "kernel", "kernels": ON_DEVICE} if compute == "kernel" else {"compute": "torch"}
+    return cls(tiny_model(architecture), codebook_for(architecture), WINDOW, **kernels, **options)
+
+
+def make(kind: str, architecture: str = "llama", length: int = 400) -> Cache:
+    if kind == "dense":
+        return DenseCache(tiny_model(architecture), length)
+    if kind == "dynamic":
+        return DynamicCache(config=tiny_model(architecture).config)
+    store, _, compute = kind.partition(" ")
+    return pq_cache(store, architecture, compute or "kernel")
+
+
+def padded(B: int, T: int, *padding: int) -> tuple[Tensor, Tensor]:
+    ids, mask = random_ids(B, T), torch.ones(B, T, dtype=torch.long)
+    for row, n in enumerate(padding):
+        ids[row, :n], mask[row, :n] = 0, 0
+    return ids, mask
+
+
+def tokens_of_generate(cache: Cache, ids: Tensor, n: int, mask: Tensor | None = None, architecture="llama"):
+    mask = torch.ones_like(ids) if mask is None else mask
+    output = tiny_model(architecture).generate(
+        ids, attention_mask=mask, past_key_values=cache, max_new_tokens=n, do_sample=False, eos_token_id=None
+    )
+    return output[:, ids.shape[1] :].tolist()
+
+
+def tokens_of_engine(engine: Engine, ids: Tensor, n: int, mask: Tensor | None = None):
+    return [list(row) for row in zip(*engine.generate(ids, mask, max_new_tokens=n), strict=True)]
+
+
+def reference(kind: str, architecture: str = "llama") -> Cache:
+    if kind in ("dense", "dynamic"):
+        return DynamicCache(config=tiny_model(architecture).config)
+    return pq_cache(architecture=architecture, compute="torch")
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["steps", "graph"])
+@pytest.mark.parametrize("kind", ["paged", "contiguous", "dense"])
+@pytest.mark.parametrize("padding", [(), (0, 7, 30)], ids=["even", "padded"])
+def test_tokens_are_those_of_generate(kind, padding, graphs):
+    ids, mask = padded(3, 45, *padding)
+    engine = Engine(tiny_model(), make(kind), graphs=TapeGraphs() if graphs else None)
+    assert tokens_of_engine(engine, ids, 60, mask) == tokens_of_generate(reference(kind), ids, 60, mask)
+    assert engine.mode == ("graph" if graphs else "steps")
+    assert engine.notes == []
+
+
+@pytest.mark.parametrize("architecture", FULL)
+@pytest.mark.parametrize("kind", ["paged", "dense"])
+def test_every_architecture_with_full_attention(architecture, kind):
+    ids, mask = padded(2, 40, 0, 9)
+    model = tiny_model(architecture)
+    engine = Engine(model, make(kind, architecture), graphs=TapeGraphs())
+    expected = tokens_of_generate(reference(kind, architecture), ids, 30, mask, architecture)
+    assert tokens_of_engine(engine, ids, 30, mask) == expected
+    assert engine.mode == "graph"
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "paged torch", "contiguous torch"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gemma3_text"])
+def test_caches_without_steps_go_through_their_layers(kind, architecture):
+    ids, mask = padded(2, 45, 0, 9)
+    engine = Engine(tiny_model(architecture), make(kind, architecture))
+    expected = tokens_of_generate(reference(kind, architecture), ids, 40, mask, architecture)
+    assert tokens_of_engine(engine, ids, 40, mask) == expected
+    assert engine.mode == "layers"
+    assert "through the cache's layers" in engine.notes[0]
+
+
+@pytest.mark.parametrize("kind", ["paged", "contiguous", "dense"])
+def test_a_replayed_step_is_the_eager_step(kind):
+    """Teacher-forced over 12 pages of tokens: the same logits, and in the end the same codes."""
+    ids = random_ids(2, 250)
+    tape, eager = (Engine(tiny_model(), make(kind), graphs=g) for g in (TapeGraphs(), None))
+    for engine in (tape, eager):
+        engine.prefill(ids[:, :50], new_tokens=200)
+    for t in range(50, 250):
+        for engine in (tape, eager):
+            engine.step(ids[:, t])
+        torch.testing.assert_close(tape.logits, eager.logits, rtol=1e-12, atol=1e-12)
+    if kind != "dense":
+        for ours, theirs in zip(tape.cache.store.codes(1), eager.cache.store.codes(1), strict=True):
+            assert ours.length == theirs.length == WINDOW.coded_length(250)
+            assert torch.equal(ours.read(0, ours.length), theirs.read(0, theirs.length))
+        assert tape._graphs.captured == 1
+
+
+def test_a_growing_pool_is_captured_anew():
+    ids = random_ids(2, 200)
+    engine = Engine(tiny_model(), make("paged"), graphs=TapeGraphs())
+    expected = tokens_of_generate(reference("paged"), ids[:, :40], 160)
+    engine.prefill(ids[:, :40])  # how long the text will be is not said
+    tokens = [engine.step().clone() for _ in range(159)]
+    assert torch.stack(tokens, 1).tolist() == [row[1:] for row in expected]
+    assert engine._graphs.captured > 1
+
+
+def test_a_text_of_known_length_takes_its_memory_once():
+    engine = Engine(tiny_model(), make("paged"), graphs=TapeGraphs())
+    list(engine.generate(random_ids(3, 200), max_new_tokens=100))
+    memory = engine.cache.memory()
+    assert memory["pool_reserved"] == 0
+    assert engine._graphs.captured == 1
+
+
+def test_an_exhausted_pool_goes_on_contiguously():
+    ids = random_ids(2, 40)
+    cache = pq_cache(max_pages=6)
+    engine = Engine(tiny_model(), cache, graphs=TapeGraphs())
+    assert tokens_of_engine(engine, ids, 100) == tokens_of_generate(reference("paged"), ids, 100)
+    assert [f.got for f in cache.fallbacks] == ["contiguous kernel"]
+    assert engine.mode == "graph"
+
+
+@pytest.mark.parametrize("good", [3, 50])
+def test_a_failing_kernel_is_given_up(good):
+    ids = random_ids(2, 40)
+    kernels = Kernels(lambda query: None, lambda store: DeviceOps(store, good=good))
+    cache = PagedPQCache(tiny_model(), codebook_for(), WINDOW, compute="kernel", kernels=kernels)
+    engine = Engine(tiny_model(), cache, graphs=None)
+    assert tokens_of_engine(engine, ids, 60) == tokens_of_generate(reference("paged"), ids, 60)
+    assert engine.mode == "layers"
+    assert "illegal instruction" in str(cache.fallbacks[0])
+
+
+def test_what_cannot_be_captured_runs_step_by_step():
+    class HostReads(DeviceOps):
+        def append(self, layer, keys, values):
+            assert int(layer.lengths[0]) > 0
+            super().append(layer, keys, values)
+
+    cache = PagedPQCache(
+        tiny_model(), codebook_for(), WINDOW, compute="kernel", kernels=Kernels(lambda q: None, HostReads)
+    )
+    engine = Engine(tiny_model(), cache, graphs=TapeGraphs())
+    ids = random_ids(2, 40)
+    assert tokens_of_engine(engine, ids, 40) == tokens_of_generate(reference("paged"), ids, 40)
+    assert engine.mode == "steps"
+    assert "cannot be captured" in engine.notes[0]
+
+
+def test_two_engines_take_turns():
+    ids = random_ids(2, 60)
+    engines = {
+        (kind, seed): Engine(tiny_model(seed=seed), _cache(kind, seed), graphs=TapeGraphs())
+        for kind in ("paged", "dense")
+        for seed in (0, 1)
+    }
+    runs = {key: engine.generate(ids, max_new_tokens=40) for key, engine in engines.items()}
+    made = {key: [] for key in runs}
+    for _ in range(40):
+        for key, run in runs.items():
+            made[key].append(next(run))
+    for (kind, seed), tokens in made.items():
+        alone = Engine(tiny_model(seed=seed), _cache(kind, seed), graphs=None)
+        assert tokens == list(alone.generate(ids, max_new_tokens=40))
+
+
+def _cache(kind: str, seed: int) -> Cache:
+    from random_codebook import random_codebook
+
+    model = tiny_model(seed=seed)
+    if kind == "dense":
+        return DenseCache(model, 200)
+    return PagedPQCache(
+        model, random_codebook(model, (8, 5), (4, 8)), WINDOW, compute="kernel", kernels=ON_DEVICE
+    )
+
+
+def test_the_next_text_uses_the_graph_of_the_last():
+    engine = Engine(tiny_model(), make("paged"), graphs=TapeGraphs())
+    first, second = random_ids(2, 60), random_ids(2, 45, seed=3)
+    for ids in (first, second, first):
+        assert tokens_of_engine(engine, ids, 50) == tokens_of_generate(reference("paged"), ids, 50)
+        engine.reset()
+    assert engine._graphs.captured == 1
+
+
+@pytest.mark.parametrize("kind", ["paged", "dense"])
+def test_chunks_see_what_the_cache_has_made_of_earlier_ones(kind):
+    ids, mask = padded(2, 100, 0, 13)
+    engine = Engine(tiny_model(), make(kind), graphs=None)
+    engine.prefill(ids, mask, chunk=40)
+    expected = reference(kind)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        for start in (0, 40, 80):
+            stop = min(start + 40, 100)
+            output = tiny_model()(
+                ids[:, start:stop],
+                attention_mask=mask[:, :stop],
+                position_ids=positions[:, start:stop],
+                past_key_values=expected,
+            )
+    torch.testing.assert_close(engine.logits, output.logits[:, -1], rtol=1e-10, atol=1e-10)
+    assert engine.chunk == 40
+
+
+def test_a_prompt_too_long_for_memory_is_read_in_chunks(monkeypatch):
+    model, ids = tiny_model(), random_ids(1, 1000)
+    read = type(model.model).forward
+
+    def small(self, input_ids=None, **kwargs):
+        if input_ids.shape[1] > 300:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return read(self, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr("million_cli.engine.engine.LEAST_CHUNK", 200)
+    monkeypatch.setattr(type(model.model), "forward", small)
+    engine = Engine(model, DenseCache(model, 1010))
+    token = engine.prefill(ids, new_tokens=10)
+    assert (engine.chunk, engine.notes) == (250, ["prefill in chunks of 250"])
+    monkeypatch.undo()
+    assert token.tolist() == [tokens_of_generate(reference("dense"), ids, 1)[0][0]]
+
+
+def test_sequences_end_at_their_own_end():
+    ids = random_ids(2, 50)
+    engine = Engine(tiny_model(), make("dense"), graphs=None)
+    free = tokens_of_engine(engine, ids, 40)
+    end = free[0][5]
+    engine.reset()
+    rows = [list(r) for r in zip(*engine.generate(ids, max_new_tokens=40, eos=[end], pad=0), strict=True)]
+    for row, unbound in zip(rows, free, strict=True):
+        stop = unbound.index(end) + 1 if end in unbound else 40
+        assert row == (unbound[:stop] + [0] * 40)[: len(row)]
+    assert len(rows[0]) == max((r.index(end) + 1) if end in r else 40 for r in free)
+
+
+@pytest.mark.parametrize("bucket", [1, 32])
+def test_dense_buckets_mask_what_is_not_there(bucket):
+    ids = random_ids(2, 45)
+    engine = Engine(tiny_model(), make("dense"), graphs=TapeGraphs(), bucket=bucket)
+    assert tokens_of_engine(engine, ids, 60) == tokens_of_generate(reference("dense"), ids, 60)
+    assert engine._graphs.captured == (58 if bucket == 1 else 3)
+
+
+@pytest.mark.parametrize("kind", ["paged", "dense"])
+def test_capturing_ahead_changes_nothing(kind):
+    ids = random_ids(2, 45)
+    engine = Engine(tiny_model(), make(kind), graphs=TapeGraphs())
+    tokens = [engine.prefill(ids, new_tokens=30).tolist(), engine.step().tolist()]
+    engine.capture(20)
+    captured = engine._graphs.captured
+    tokens += [engine.step().tolist() for _ in range(20)]
+    assert engine._graphs.captured == captured == (20 if kind == "dense" else 1)
+    expected = tokens_of_generate(reference(kind), ids, 22)
+    assert [list(row) for row in zip(*tokens, strict=True)] == expected
+
+
+@pytest.mark.parametrize("kind", ["paged", "contiguous", "dense"])
+def test_random_tokens_in_place_of_a_prompt(kind):
+    engine = Engine(tiny_model(), make(kind), graphs=TapeGraphs())
+    engine.fill(3, 200, new_tokens=40)
+    for _ in range(40):
+        engine.step()
+    assert engine.logits.isfinite().all()
+    assert engine.length == 240
+    if kind != "dense":
+        assert engine.cache.store.length() == 240
+        assert engine.cache.memory()["key_codes"] > 0
+
+
+def test_compiled_steps_are_the_same():
+    ids, mask = padded(2, 45, 0, 7)
+    expected = {kind: tokens_of_generate(reference(kind), ids, 30, mask) for kind in ("paged", "dense")}
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for kind in ("paged", "dense"):
+        engine = Engine(tiny_model(), make(kind), compile="default", graphs=None)
+        assert tokens_of_engine(engine, ids, 30, mask) == expected[kind]
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 1  # one compilation for both
+    assert not counters["graph_break"]
+
+
+def test_sampling_draws_from_the_softmax():
+    torch.manual_seed(0)
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).repeat(20_000, 1)
+    drawn = torch.bincount(Sampler(temperature=0.7)(logits), minlength=4) / 20_000
+    torch.testing.assert_close(drawn, (logits[0] / 0.7).softmax(-1), atol=0.015, rtol=0)
+    top = torch.bincount(Sampler(temperature=0.7, top_k=2)(logits), minlength=4) / 20_000
+    assert top[0] == top[3] == 0
+    assert Sampler()(logits[:2]).tolist() == [2, 2]
+
+
+def test_mistakes_are_named():
+    model = tiny_model()
+    with pytest.raises(UserError, match="compile=fast: accepted are none, default, tuned"):
+        Engine(model, make("dense"), compile="fast")
+    with pytest.raises(UserError, match="padding on the left"):
+        Engine(model, make("dense")).prefill(random_ids(1, 8), torch.tensor([[1] * 7 + [0]]))
+    with pytest.raises(UserError, match="made for 10"):
+        Engine(model, make("dense", length=10)).prefill(random_ids(1, 11))
+    engine = Engine(model, make("dense", length=10))
+    engine.prefill(random_ids(1, 10))
+    with pytest.raises(UserError, match="made for 10"):
+        engine.step()
+    with pytest.raises(UserError, match="full attention in every layer"):
+        DenseCache(tiny_model("gemma3_text"), 10)
+    with pytest.raises(UserError, match="temperature=-1"):
+        Sampler(temperature=-1)
+    with pytest.raises(UserError, match=r"fill: .*DynamicCache"):
+        Engine(model, make("dynamic")).fill(1, 100)

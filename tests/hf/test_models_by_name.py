@@ -1,0 +1,145 @@
+"""Loading by name, random models, and the fingerprint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import ARCHITECTURES, tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, PreTrainedTokenizerFast
+
+from million_cli.errors import UserError
+from million_cli.hf.models import (
+    fingerprint,
+    full_attention_layers,
+    load_model,
+    random_model,
+    resolve_device,
+    resolve_dtype,
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2, "b": 3}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tiny_model().save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>").save_pretrained(
+        tmp_path
+    )
+    return tmp_path
+
+
+def test_load_from_a_folder(folder: Path) -> None:
+    model, tokenizer = load_model(str(folder))
+    assert model.dtype == torch.float64, "auto is the checkpoint's dtype"
+    assert not model.training
+    assert tokenizer.pad_token == "</s>"
+    assert tokenizer("a b").input_ids == [2, 3]
+    assert load_model(str(folder), "bfloat16")[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("/nowhere/model", "no such folder"),
+        ("./model", "no such folder"),
+        ("", "accepted are a folder"),
+        ("a/b/c", "no such folder"),
+    ],
+)
+def test_paths_that_do_not_exist(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        load_model(name)
+    assert f"model={name}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "config.json").unlink(),
+        lambda folder: (folder / "config.json").write_text("{"),
+        lambda folder: (folder / "config.json").write_text(json.dumps({"model_type": "no-such-type"})),
+        lambda folder: (folder / "model.safetensors").unlink(),
+        lambda folder: (folder / "model.safetensors").write_bytes(b"\x00" * 100),
+        lambda folder: (folder / "tokenizer.json").write_text("{"),
+    ],
+    ids=["no config", "bad config", "unknown type", "no weights", "bad weights", "bad tokenizer"],
+)
+def test_damaged_folders(folder: Path, damage: Any) -> None:
+    damage(folder)
+    with pytest.raises(UserError) as error:
+        load_model(str(folder))
+    assert str(folder) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_dtype_and_device() -> None:
+    assert resolve_dtype("auto") is None
+    with pytest.raises(UserError, match="dtype=int4: accepted are auto, float16"):
+        resolve_dtype("int4")
+    with pytest.raises(UserError, match="device=abacus"):
+        resolve_device("abacus")
+    with pytest.raises(UserError, match="device=cuda:99: this machine has"):
+        resolve_device("cuda:99")
+
+
+def test_random_models_are_reproducible_and_leave_the_global_generator_alone() -> None:
+    shape = tiny_model().config.to_dict()
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    a, b, c = random_model(shape, seed=1), random_model(shape, seed=1), random_model(shape, seed=2)
+    assert torch.rand(1) == expected
+    assert fingerprint(a) == fingerprint(b)
+    assert fingerprint(a).differences(fingerprint(c)) == [
+        f"weights: {fingerprint(a).weights!r} != {fingerprint(c).weights!r}"
+    ]
+    with pytest.raises(UserError, match="model_type=no-such-type"):
+        random_model({"model_type": "no-such-type"})
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_fingerprint_survives_casts(architecture: str) -> None:
+    config = tiny_model(architecture).config
+    original = random_model(config, seed=0, dtype="float32")
+    expected = fingerprint(original)
+    assert (expected.num_kv_heads, expected.head_dim, expected.num_layers) == (2, 16, 2)
+    for dtype in (torch.float64, torch.bfloat16, torch.float16, torch.float32):
+        original.to(dtype)  # each cast on top of the last
+        assert fingerprint(original) == expected
+
+
+def test_fingerprint_sees_a_small_retraining() -> None:
+    model = random_model(tiny_model().config, seed=0)
+    before = fingerprint(model)
+    weight = model.model.layers[1].self_attn.v_proj.weight
+    with torch.no_grad():
+        weight += 0.02 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    assert fingerprint(model).differences(before)
+
+
+def test_offloaded_weights_cannot_be_fingerprinted() -> None:
+    with torch.device("meta"):
+        model = random_model(tiny_model().config, device="meta")
+    with pytest.raises(UserError, match="offloaded"):
+        fingerprint(model)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "message"),
+    [
+        ("t5", {}, "cross attention"),
+        ("deepseek_v3", {"num_hidden_layers": 2}, "latent attention"),
+        ("mamba", {"num_hidden_layers": 2}, "mamba"),
+        ("qwen3_next", {"num_hidden_layers": 4}, "accepted are full and sliding-window attention"),
+        ("mistral", {"num_hidden_layers": 2, "sliding_window": 8}, "no layer has full attention"),
+    ],
+)
+def test_unsupported_architectures(model_type: str, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        full_attention_layers(AutoConfig.for_model(model_type, **fields))
