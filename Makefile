@@ -1,5 +1,5 @@
-# Two commands do everything: `make demo` and `make test`.  Both set up their own virtual environment first and
-# are cheap to repeat.  `VENV=none` uses the current Python and installs nothing.
+# `make demo` shows the package at work, `make test` runs its tests (`make test-all` the slow ones too).  Each
+# target first makes a virtual environment, once.  `VENV=none` uses the current Python and installs nothing.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -13,14 +13,17 @@ else
   SETUP := $(VENV)/.installed
 endif
 
-.PHONY: demo test smoke lint format kernels-check clean
+.PHONY: demo test test-all smoke lint format kernels-check clean
 .DEFAULT_GOAL := demo
 
 demo: $(SETUP)
 	$(PY) -m million_cli run experiment=demo --multirun cache=dense,contiguous,paged
 
 test: $(SETUP)
-	$(PY) -m pytest tests -n 2 --ignore=tests/gpu
+	$(PY) -m pytest tests -n 2 --ignore=tests/gpu -m "not slow"
+
+test-all: $(SETUP)
+	HYPOTHESIS_PROFILE=ci $(PY) -m pytest tests -n 2 --ignore=tests/gpu
 
 smoke: $(SETUP)
 	$(PY) -m million_cli run experiment=smoke
@@ -38,7 +41,7 @@ format: $(SETUP)
 clean:
 	rm -rf outputs multirun build dist .pytest_cache .hypothesis .ruff_cache .mypy_cache .import_linter_cache
 
-# Re-made when what is installed changes; the stamp is written last, so a broken install is repeated.
+# The stamp is written last, so that an install that broke off is repeated.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "million needs Python >= 3.11, this is %d.%d; set PYTHON=/path/to/python3" % v[:2])'
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
@@ -46,6 +49,6 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
-# Compiles the CUDA sources for one architecture and keeps nothing: needs nvcc, no GPU.
+# Compiles the CUDA sources for one architecture and discards the result: needs nvcc, but no GPU.
 kernels-check: $(SETUP)
 	$(PY) -m million_cli.ops.build --check

@@ -22,7 +22,7 @@ done
 # A process a file: most of a test's time is its reference's, on the host.
 for file in tests/gpu/test_*.py; do
   name=$(basename "$file" .py)
-  "$python" -m pytest "$file" -q -p no:cacheprovider --junitxml="$work/$name.xml" >"$work/$name.log" 2>&1 &
+  "$python" -m pytest "$file" -q -o timeout=300 -p no:cacheprovider --junitxml="$work/$name.xml" >"$work/$name.log" 2>&1 &
 done
 wait
 tail -qn 40 "$work"/test_*.log

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -205,7 +206,7 @@ def test_prepare_merges_recall_words_and_holds_documents_out(script: ModuleType,
     assert not any(document in held_out for document in documents if document)
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(
     seed=st.integers(0, 10**6),
     facts_per_1k=st.sampled_from([1.0, 10.0, 60.0]),

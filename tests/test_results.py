@@ -12,7 +12,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from million_cli import files, results
@@ -80,7 +81,7 @@ cells = st.one_of(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(rows=st.lists(st.dictionaries(st.sampled_from(["run", "a", "b", "c"]), cells), min_size=1, max_size=4))
 def test_what_is_appended_is_read_back(tmp_path_factory, rows):
     table = tmp_path_factory.mktemp("t") / "results.csv"

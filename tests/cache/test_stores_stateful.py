@@ -6,7 +6,7 @@ from collections import Counter
 
 import torch
 from closed_form import HKV, D, assert_holds, cropped, dense_attention, random_layers
-from hypothesis import settings
+from examples import examples
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
@@ -217,4 +217,4 @@ class Stores(RuleBasedStateMachine):
 
 
 TestStores = Stores.TestCase
-TestStores.settings = settings(max_examples=60, stateful_step_count=14, deadline=None)
+TestStores.settings = examples(60, stateful_step_count=14)

@@ -1,11 +1,12 @@
 import torch
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from million_cli.cache.window import ResidualWindow
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(lengths=st.lists(st.integers(1, 8), max_size=12), residual=st.just(8))
 def test_ring_holds_the_newest_tokens_in_place(lengths, residual):
     k, v = torch.arange(2 * 200.0).view(2, 1, 1, 200, 1).expand(2, 3, 2, 200, 4)

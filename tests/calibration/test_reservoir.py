@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from million_cli.calibration.reservoir import Reservoir
@@ -31,7 +31,6 @@ def fill(
     return reservoir
 
 
-@settings(deadline=None)
 @given(
     data=st.data(),
     B=st.integers(1, 3),
@@ -58,7 +57,6 @@ def test_sample_is_true_and_independent_of_chunks(
     assert torch.equal(values, keys + 0.5), "keys and values belong together"
 
 
-@settings(deadline=None)
 @given(first=st.integers(1, 50), second=st.integers(1, 50), capacity=st.integers(1, 30))
 def test_resumed_reservoir_goes_on_exactly(first: int, second: int, capacity: int) -> None:
     keys, values = numbered(1, first + second)

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import (
     ARCHITECTURES,
@@ -177,7 +178,7 @@ operations = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(operations=operations, store=st.sampled_from(list(CACHES)))
 def test_any_sequence_of_operations(operations: list[tuple[str, Any]], store: str) -> None:
     """Logits after appends, crops, reorders, repeats, selections and resets are those of the reference."""

@@ -1,6 +1,7 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from million_cli.ops.codes import ContiguousCodes, PagedCodes
@@ -66,7 +67,7 @@ def test_where_each_nibble_is():
             assert (transposed[m, t // 2] >> 4 * (t % 2)) & 15 == codes[t, m]
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     layout_type=st.sampled_from(LAYOUTS),
     nbits=st.sampled_from([1, 3, 4, 8, 11, 16]),

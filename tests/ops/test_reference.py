@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -182,7 +183,7 @@ def cases(draw) -> tuple[Case, dict]:
     return case, options
 
 
-@settings(max_examples=120, deadline=None)
+@examples(120)
 @given(cases())
 def test_equals_the_definition(drawn):
     case, options = drawn

@@ -4,7 +4,8 @@ from itertools import product
 
 import pytest
 import torch
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from million_cli.errors import UserError
@@ -21,7 +22,6 @@ FISHER = TrainSpec(
 )
 
 
-@settings(max_examples=100)
 @given(
     st.lists(st.lists(st.integers(0, 50), min_size=3, max_size=3), min_size=1, max_size=5),
     st.lists(st.integers(1, 6), min_size=3, max_size=3),
@@ -95,7 +95,7 @@ def test_the_work_is_announced_and_done():
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
-@settings(max_examples=5, deadline=None)
+@examples(5)
 @given(st.floats(1.25, 2.5))
 def test_any_budget_is_kept_and_used(bits):
     _, codebook = train(bits, [[1.0, 9.0, 2.0], [1.0, 1.0, 8.0]])

@@ -3,7 +3,8 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from million_cli.errors import UserError
@@ -169,7 +170,7 @@ def test_an_empty_text_has_no_codes():
 
 
 @given(st.integers(0, 9), st.integers(1, 5), st.integers(1, 6), st.integers(0, 1000))
-@settings(max_examples=50)
+@examples(50)
 def test_first_argmin_is_the_first_of_equals(nbits, rows, values, seed):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randint(values, (2, rows, 1 << nbits), generator=generator).float()

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from million_cli.pq import LayerPQ, TrainSpec, decode, encode, train_quantizer
@@ -33,7 +34,7 @@ def information(rank, seed=0):
 
 
 @pytest.mark.parametrize("maps", [1, H])
-@settings(max_examples=20)
+@examples(20)
 @given(seed=st.integers(0, 1000))
 def test_scores_and_outputs_are_unchanged_under_a_transform(maps, seed):
     transform = Transform.invertible(random_maps(maps, seed=seed))

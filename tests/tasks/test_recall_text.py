@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from million_cli.errors import UserError
@@ -31,7 +32,7 @@ def test_words_are_distinct() -> None:
     assert all(word.isalpha() for word in NAMES + WORDS)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     length=st.integers(120, 3000),
     seed=st.integers(0, 10**6),
@@ -59,7 +60,7 @@ def test_prompt_states_what_it_asks(length: int, seed: int, depth: float | None,
     assert passage.endswith(".")
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(seed=st.integers(0, 1000), depth=st.floats(0, 1))
 def test_depth_is_where_the_fact_stands(seed: int, depth: float) -> None:
     filler = Filler(TEXT, count_words)
