@@ -19,6 +19,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from million_cli._version import __version__ as __version__
+
 if TYPE_CHECKING:
     from million_cli.calibration.calibrate import train_codebook
     from million_cli.engine.dense import DenseCache
@@ -36,7 +38,6 @@ __all__ = [
     "load_model",
     "train_codebook",
 ]
-__version__ = "0.1.0"
 
 _HOME = {
     "DenseCache": "million_cli.engine.dense",

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from million_cli import __version__
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -38,6 +40,8 @@ def test_wheel_holds_configs_kernels_and_the_reference_model(wheel: Path) -> Non
     assert "million_cli/conf/config.yaml" in names
     assert "million_cli/assets/reference-model/model.safetensors" in names
     assert "million_cli/report/page.html" in names
+    assert "million_cli/py.typed" in names
+    assert wheel.name.startswith(f"million-{__version__}-")
     assert not any(name.startswith(("tests/", "scripts/", "results/")) for name in names)
     assert "million_cli/kernels/__init__.py" not in names  # transformers probes for a package of that name
 
