@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from million_cli.errors import UserError
 from million_cli.intervals import wilson
 from million_cli.progress import progress
+from million_cli.tasks.answers import greedy, stop_tokens
 from million_cli.tasks.base import (
     CacheFactory,
     Scalar,
@@ -123,23 +124,15 @@ def completions(
     model: PreTrainedModel, tokenizer: Any, prompts: Sequence[str], cache: Cache, new_tokens: int
 ) -> list[str]:
     """The greedy continuation of each prompt of one left-padded batch, decoded with `cache`."""
-    tokenizer.padding_side = "left"
-    batch = tokenizer(list(prompts), return_tensors="pt", padding=True).to(model.device)
-    settings = GenerationConfig(
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+    answers = greedy(
+        model,
+        tokenizer,
+        tokenizer(list(prompts))["input_ids"],
+        cache,
+        new_tokens=new_tokens,
+        stops=stop_tokens(model, tokenizer),
     )
-    output = model.generate(  # type: ignore[operator]
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        past_key_values=cache,
-        generation_config=settings,
-    )
-    texts: list[str] = tokenizer.batch_decode(
-        output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
-    )
+    texts: list[str] = tokenizer.batch_decode(answers, skip_special_tokens=True)
     return texts
 
 

@@ -21,6 +21,7 @@ class RuleModel:
 
     device = torch.device("cpu")
     config = LlamaConfig(num_hidden_layers=1, max_position_embeddings=1024)
+    generation_config = None
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from million_cli.progress import progress
+from million_cli.tasks.answers import plain_generation, stop_tokens
 
 
 class CachedLM(HFLM):
@@ -48,8 +49,10 @@ class CachedLM(HFLM):
         """The harness's generation of one left-padded batch `context [B, T]`, into an empty cache."""
         for ids, mask in zip(context, settings["attention_mask"], strict=True):
             self.longest = max(self.longest, ids[mask.bool()].tolist(), key=len)
-        output: Tensor = super()._model_generate(
-            context, max_length=max_length, stop=stop, past_key_values=self.make(), **settings
-        )
+        # What the task leaves open is the harness's and transformers' default, never the model's own setting.
+        with plain_generation(self.model, stop_tokens(self.model, self.tokenizer)):
+            output: Tensor = super()._model_generate(
+                context, max_length=max_length, stop=stop, past_key_values=self.make(), **settings
+            )
         self._bar.update(len(context))
         return output

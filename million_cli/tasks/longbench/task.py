@@ -15,12 +15,13 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from million_cli.errors import UserError
 from million_cli.journal import Journal, Journals
 from million_cli.progress import progress
+from million_cli.tasks.answers import greedy, stop_tokens
 from million_cli.tasks.base import (
     CacheFactory,
     Prefill,
@@ -182,7 +183,7 @@ def ask(model: PreTrainedModel, tokenizer: Any, name: str, sample: Sample, confi
     prompt = dataset.prompt.format(context=sample.context, input=sample.input)
     chat = config.chat and dataset.chat and bool(getattr(tokenizer, "chat_template", None))
     ids = fit(tokenizer, prompt, chat, room, config.max_length)
-    stops = _stops(model, tokenizer)
+    stops = stop_tokens(model, tokenizer)
     if dataset.stop_at_newline:
         stops.append(tokenizer.encode("\n", add_special_tokens=False)[-1])
     at_least = int(dataset.stop_at_newline)
@@ -210,24 +211,17 @@ def generate(
     model: PreTrainedModel, tokenizer: Any, questions: Sequence[Question], cache: Cache
 ) -> list[str]:
     """The greedy continuation of each question (alike but for sample and ids) of a left-padded batch."""
-    width = max(len(question.ids) for question in questions)
-    padding = [width - len(question.ids) for question in questions]
-    pad = tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * n + q.ids for n, q in zip(padding, questions, strict=True)])
-    mask = torch.tensor([[0] * n + [1] * (width - n) for n in padding])
-    output = model.generate(  # type: ignore[operator]
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        past_key_values=cache,
-        generation_config=GenerationConfig(
-            max_new_tokens=questions[0].new_tokens,
-            min_new_tokens=questions[0].min_new_tokens,
-            do_sample=False,
-            pad_token_id=pad,
-            eos_token_id=questions[0].stops,
-        ),
+    first = questions[0]
+    answers = greedy(
+        model,
+        tokenizer,
+        [question.ids for question in questions],
+        cache,
+        new_tokens=first.new_tokens,
+        stops=first.stops,
+        min_new_tokens=first.min_new_tokens,
     )
-    texts: list[str] = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+    texts: list[str] = tokenizer.batch_decode(answers, skip_special_tokens=True)
     return texts
 
 
@@ -235,13 +229,6 @@ def _room(model: PreTrainedModel, name: str, config: Config) -> int:
     """Tokens of the model's context that an answer leaves for its prompt."""
     new_tokens = DATASETS[name].new_tokens
     return longest_context(model) - min(new_tokens, config.new_tokens or new_tokens)
-
-
-def _stops(model: PreTrainedModel, tokenizer: Any) -> list[int]:
-    """Tokens that end a text: the tokenizer's, and those of the model's generation configuration."""
-    theirs = model.generation_config.eos_token_id if model.generation_config is not None else None
-    several = theirs if isinstance(theirs, list) else [theirs]
-    return [stop for stop in dict.fromkeys([tokenizer.eos_token_id, *several]) if stop is not None]
 
 
 def _row(name: str, dataset: Dataset, question: Question, ours: str, dense: str) -> dict[str, Scalar]:
