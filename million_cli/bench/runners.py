@@ -11,6 +11,7 @@ from transformers import CompileConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, QuantizedCache, StaticCache
 
 from million_cli.bench.cases import Case, Runner
+from million_cli.bench.fill import fill
 from million_cli.engine.dense import DenseCache, DenseSteps
 from million_cli.engine.engine import Compile, Engine
 from million_cli.engine.joined import part_projections
@@ -95,7 +96,7 @@ class EngineRunner:
         self.engine.prefill(ids, new_tokens=self._new_tokens)
 
     def fill(self, batch: int, length: int) -> None:
-        self.engine.fill(batch, length, self._new_tokens)
+        fill(self.engine, batch, length, self._new_tokens)
 
     def warm(self, steps: int) -> None:
         self.engine.step()

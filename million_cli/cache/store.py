@@ -1,4 +1,4 @@
-"""What both caches are: per layer a coded prefix and an exact residual window, kept to one closed form.
+"""What both stores share: a coded prefix and an exact residual window a layer, by one closed form.
 
 After every append, and after every other operation, a layer of `length` tokens holds exactly
 `WindowSpec.coded_length(length)` tokens as codes and the rest exactly.  Subclasses own the codes only.
@@ -17,6 +17,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from million_cli.cache.device_lengths import DeviceLengths
 from million_cli.cache.side_stream import SideStream
 from million_cli.cache.view import KVView, Prefill, boundaries_of
 from million_cli.cache.window import ResidualWindow
@@ -81,7 +82,7 @@ class CodeStore(ABC):
         self.batch: int | None = None
         self._expected = 0  # tokens a sequence that will be codes in the end
         self._layers = [LayerState(keys, values) for keys, values in layers]
-        self._lengths: dict[torch.device, tuple[Tensor, int]] = {}  # and the length it holds
+        self.lengths = DeviceLengths()
         self._encoder = SideStream()
 
     # -- reading ---------------------------------------------------------------------------------------------
@@ -127,7 +128,7 @@ class CodeStore(ABC):
         for codes, not in use.
         """
         window = sum(state.window.nbytes for state in self._layers if state.window is not None)
-        window += sum(lengths.nbytes for lengths, _ in self._lengths.values())
+        window += self.lengths.nbytes
         codes = self._code_bytes()
         return {**codes, "window": window, "total": sum(codes.values()) + window}
 
@@ -165,7 +166,7 @@ class CodeStore(ABC):
         self.batch = B
         device_layer = None
         if N == 1 and self.ops is not None:
-            device_layer = self._device_layer(layer, end)
+            device_layer = self.device_layer(layer, self.lengths.hold(k.device, B, end))
             run_operation(self.ops.append, device_layer, k[:, :, 0], v[:, :, 0])
         elif N == 1:
             self._append_token(layer, k, v)
@@ -180,17 +181,8 @@ class CodeStore(ABC):
         else:
             skipped = boundaries[0] - self.window.coded_length(start)
             exact = partial(_slices, exact_k, exact_v, skipped)
-        return KVView(
-            key_codes,
-            value_codes,
-            state.keys,
-            state.values,
-            exact,
-            exact_start=boundaries[0],
-            length=end,
-            boundaries=boundaries,
-            device_layer=device_layer,
-        )
+        codes = (key_codes, value_codes, state.keys, state.values)
+        return KVView(*codes, exact, boundaries[0], end, boundaries, device_layer)
 
     def _append_token(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Write the next token; encode the window's oldest page where that made it due."""
@@ -222,20 +214,17 @@ class CodeStore(ABC):
         """Encode `[B, Hkv, n, D]`, whole pages, as the tokens start .. start + n - 1."""
         state = self._layers[layer]
         if self.ops is not None:
-            work = partial(
-                run_operation, self.ops.encode, self._device_layer(layer, state.length), k, v, start
-            )
+            work = partial(run_operation, self.ops.encode, self.device_layer(layer), k, v, start)
             if self.prefill == "exact":  # nobody sees these codes before the layer's next append
                 self._encoder.run(layer, work, (k, v))
             else:
                 work()
             return
-        self._write(
-            layer,
-            start,
+        key_codes, value_codes = (
             encode(k, state.keys, backend=self.backend),
             encode(v, state.values, backend=self.backend),
         )
+        self._write(layer, start, key_codes, value_codes)
 
     @torch.no_grad()
     def attend(
@@ -255,23 +244,11 @@ class CodeStore(ABC):
         )
         return output.unsqueeze(2)
 
-    # -- steps that a CUDA graph can hold --------------------------------------------------------------------
+    # -- memory ahead of need, and the device's view ---------------------------------------------------------
 
     def expect(self, length: int) -> None:
         """Before the first append: the text will have `length` tokens, so take its memory at once."""
         self._expected = self.window.coded_length(length)
-
-    def begin_steps(self) -> None:
-        """All layers hold the same tokens and `step` comes next: bring the device up to date.
-
-        Raises:
-            PagePoolExhausted: see `reserve`.
-        """
-        assert len({state.length for state in self._layers}) == 1
-        self._encoder.wait()
-        self.reserve(self.length() + 1)
-        for device in {state.window.keys.device for state in self._layers if state.window is not None}:
-            self._device_lengths(device, self.length())
 
     def reserve(self, length: int) -> None:
         """Make room for `length` tokens a sequence, without waiting for the device.
@@ -284,110 +261,29 @@ class CodeStore(ABC):
             self._reserve(layer, self.window.coded_length(length), state.window.keys)
         self._code_tensors(0)  # the device's copy of a block table that has changed
 
-    @torch.no_grad()
-    def step(
-        self, layer: int, query: Tensor, k: Tensor, v: Tensor, *, scale: float, first_valid: Tensor | None
-    ) -> Tensor:
-        """One layer of a decode step by `ops`: append a token and attend to all.
-
-        Launches only, over tensors that stay: the first layer counts the token on the device, the host's
-        counts are left alone, so the same launches can be replayed.  Room is reserved beforehand, and
-        `stepped` tells the host after the last layer.
+    def device_layer(self, layer: int, lengths: Tensor | None = None) -> DeviceLayer:
+        """A layer that was appended to, as the compiled operations see it.
 
         Args:
-            query: `[B, Hq, D]`; k, v: `[B, Hkv, D]`.
-            first_valid: int32 `[B]` on the device, tokens before it (left padding) are not seen.
-
-        Returns:
-            `[B, Hq, D]` in the query's dtype.
-
-        Raises:
-            KernelFailed: an operation failed; the host's counts are those before the step.
+            lengths: int32 `[B]` on the layer's device; None: the host's length of the layer.
         """
-        assert self.ops is not None
-        lengths, _ = self._lengths[k.device]
-        if layer == 0:
-            lengths.add_(1)
-        device_layer = self._at(layer, lengths)
-        run_operation(self.ops.append, device_layer, k, v)
-        output: Tensor = run_operation(
-            self.ops.attend, query, device_layer, scale=scale, first_valid=first_valid
-        )
-        return output
-
-    def stepped(self, steps: int = 1) -> None:
-        """The host learns that the device has been given `steps` whole steps."""
-        for state in self._layers:
-            state.length += steps
-        self._lengths = {device: (lengths, held + steps) for device, (lengths, held) in self._lengths.items()}
-
-    def device_length(self) -> Tensor:
-        """Tokens a sequence as the device counts them, int32 of no dimensions."""
-        return next(iter(self._lengths.values()))[0][0]
-
-    def prime(self, query_heads: int) -> None:
-        """Let `ops` make what it keeps for the steps to come; changes no token."""
-        assert self.ops is not None
-        for layer, state in enumerate(self._layers):
-            assert state.window is not None
-            B, _, _, D = state.window.keys.shape
-            query = state.window.keys.new_zeros(B, query_heads, D)
-            of_layer = self._device_layer(layer, state.length)
-            run_operation(self.ops.attend, query, of_layer, scale=1.0, first_valid=None)
-
-    def fill(self, length: int) -> None:
-        """Hold `length` random tokens a sequence, in place of a prefill: for measurements of time and memory.
-
-        The store has been appended to, so that batch, dtype and device are known.
-        """
-        self.reserve(length)
-        for layer, state in enumerate(self._layers):
-            assert state.window is not None
-            for codes in self._code_tensors(layer)[:2]:
-                codes.random_()
-            state.window.keys.normal_(), state.window.values.normal_()
-            state.length = length
-
-    def places(self) -> tuple[int, ...]:
-        """Addresses of all tensors of a step: a captured step is good while they are these."""
-        tensors: list[Tensor | None] = [lengths for lengths, _ in self._lengths.values()]
-        for layer, state in enumerate(self._layers):
-            if state.window is not None:
-                tensors += [*self._code_tensors(layer), state.window.keys, state.window.values]
-        return tuple(tensor.data_ptr() for tensor in tensors if tensor is not None)
-
-    def _device_layer(self, layer: int, length: int) -> DeviceLayer:
-        """A layer of `length` tokens as the compiled operations see it."""
         state = self._layers[layer]
         assert state.window is not None
-        return self._at(layer, self._device_lengths(state.window.keys.device, length))
-
-    def _at(self, layer: int, lengths: Tensor) -> DeviceLayer:
-        state = self._layers[layer]
-        assert state.window is not None
-        keys, values, block_table = self._code_tensors(layer)
-        return DeviceLayer(
-            state.keys,
-            state.values,
-            keys,
-            values,
-            block_table,
-            state.window.keys,
-            state.window.values,
-            lengths,
-            self.window.page_size,
-        )
-
-    def _device_lengths(self, device: torch.device, length: int) -> Tensor:
-        """int32 `[B]` on the device, all `length`: one tensor for the layers, changed in place."""
         assert self.batch is not None
-        lengths, held = self._lengths.get(device, (None, -1))
-        if lengths is None or lengths.shape[0] != self.batch:
-            lengths = torch.full((self.batch,), length, dtype=torch.int32, device=device)
-        elif held != length:
-            lengths.fill_(length)
-        self._lengths[device] = (lengths, length)
-        return lengths
+        codes, window = self._code_tensors(layer), state.window
+        if lengths is None:
+            lengths = self.lengths.hold(window.keys.device, self.batch, state.length)
+        P = self.window.page_size
+        return DeviceLayer(state.keys, state.values, *codes, window.keys, window.values, lengths, P)
+
+    def advance(self, tokens: int) -> None:
+        """Count `tokens` more in every layer, on the host: they are in the reserved tensors already."""
+        for state in self._layers:
+            state.length += tokens
+
+    def wait(self) -> None:
+        """Let what is enqueued on each device from here on see the codes that are being encoded beside it."""
+        self._encoder.wait()
 
     def reset(self, release: bool = True) -> None:
         """Forget all tokens; with `release` all tensors too.
@@ -402,7 +298,8 @@ class CodeStore(ABC):
                 state.window = None
         self._truncate()
         if release:
-            self.batch, self._lengths, self._expected = None, {}, 0
+            self.batch, self._expected = None, 0
+            self.lengths.forget()
             self._release()
 
     @torch.no_grad()

@@ -230,19 +230,6 @@ class DenseSteps:
         for layer in self._layers:
             layer.length += 1
 
-    def fill(self, batch: int, length: int) -> None:
-        config = self.cache.config
-        D = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        nothing = torch.zeros(
-            batch, config.num_key_value_heads, 1, D, dtype=self.cache.dtype, device=self._length.device
-        )
-        for layer in self._layers:
-            layer.lazy_initialization(nothing, nothing)
-            for tensor in (layer.keys, layer.values):
-                assert tensor is not None
-                tensor.normal_()
-            layer.length = length
-
     def _seen(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         return keys[:, :, : self._extent], values[:, :, : self._extent]
 

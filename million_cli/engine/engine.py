@@ -190,18 +190,13 @@ class Engine:
         logits: Tensor = output.logits[:, -1]
         return logits
 
-    @torch.no_grad()
-    def fill(self, batch: int, length: int, new_tokens: int = 0) -> None:
-        """Hold `length` random tokens a sequence in place of a prompt, for measurements of time and memory.
+    def begin(self, length: int, token: Tensor) -> None:
+        """Go on from a cache that was given `length` tokens a sequence by other means, without padding.
 
-        Raises:
-            UserError: a cache without steps.
+        Args:
+            token: `[B]` on the device, the next input.
         """
-        if self.steps is None:
-            raise UserError(f"fill: {self.notes[0]}")
-        self.steps.expect(length + new_tokens)
-        self.steps.fill(batch, length)
-        self._begin(length, None, torch.zeros(batch, dtype=torch.int64, device=self.device))
+        self._begin(length, None, token)
 
     def reset(self) -> None:
         """Forget the text; memory and graphs are kept for the next one, which comes in the same batch."""

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from million_cli.cache.contiguous import ContiguousStore
+from million_cli.cache.graph_steps import GraphSteps
 from million_cli.cache.page_manager import PagePoolExhausted
 from million_cli.cache.paged import PagedStore
 from million_cli.cache.store import CodeStore
@@ -149,6 +150,11 @@ class PQCache(Cache):
         return self._fallbacks
 
     @property
+    def steps(self) -> GraphSteps:
+        """Steps of one token over the store in use, for CUDA graphs."""
+        return GraphSteps(self.store)
+
+    @property
     def bits(self) -> float:
         """Nominal code bits per element; window and codebooks are not in it."""
         return self.store.bits
@@ -256,7 +262,7 @@ class PQCache(Cache):
         except PagePoolExhausted as error:
             self._without_pages(str(error))
             if self._choice.compute == "kernel":
-                self.store.begin_steps()
+                self.steps.begin()
                 self.store.reserve(length)
         return self._choice.compute == "kernel"
 

@@ -27,7 +27,6 @@ class PQSteps:
         assert steps_reason(cache) is None
         self.cache = cache
         self.marker = new_marker(self, device)
-        self._device = device
         self._expected = self._room = 0
         self._places: tuple[int, ...] = ()
 
@@ -36,7 +35,7 @@ class PQSteps:
         self.cache.store.expect(length)
 
     def begin(self, first_valid: Tensor | None) -> None:
-        self.cache.store.begin_steps()
+        self.cache.steps.begin()
         self._room = 0
 
     def ready(self) -> Hashable | None:
@@ -47,7 +46,7 @@ class PQSteps:
             self._room = max(needed, min(ahead, self._expected)) if self._expected else ahead
             if not self.cache.reserve(self._room):
                 return None
-            self._places = store.places()
+            self._places = self.cache.steps.places()
         return self._places
 
     def prepare(self, key: Hashable) -> None:
@@ -56,10 +55,10 @@ class PQSteps:
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, first_valid: Tensor | None, scale: float
     ) -> Tensor:
-        return self.cache.store.step(layer, query, key, value, scale=scale, first_valid=first_valid)
+        return self.cache.steps.step(layer, query, key, value, scale=scale, first_valid=first_valid)
 
     def stepped(self) -> None:
-        self.cache.store.stepped()
+        self.cache.steps.stepped()
 
     def failed(self, error: KernelFailed) -> None:
         """Go on in torch, through the cache's layers.
@@ -68,14 +67,6 @@ class PQSteps:
             UserError: the cache is strict.
         """
         self.cache.kernel_failed(error)
-
-    def fill(self, batch: int, length: int) -> None:
-        shape = self.cache.kv_shape
-        D = shape.specs[0].keys.head_dim
-        nothing = torch.zeros(batch, shape.num_kv_heads, 2, D, dtype=shape.dtype, device=self._device)
-        for position in range(self.cache.store.num_layers):
-            self.cache.append(position, nothing, nothing)
-        self.cache.store.fill(length)
 
 
 def steps_reason(cache: PQCache) -> str | None:

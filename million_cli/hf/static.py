@@ -82,7 +82,7 @@ class StaticPQCache(PagedPQCache):
         if max_length < 1:
             raise UserError(f"max_length={max_length}: accepted are positive integers")
         self.max_length = max_length
-        self._steps: PQSteps | None = None
+        self._pq_steps: PQSteps | None = None
         self._asked = 0  # steps that may have been made since the host last knew the length
         super().__init__(
             model, codebook, window, prefill=prefill, compute=compute, strict=strict, kernels=kernels
@@ -96,7 +96,7 @@ class StaticPQCache(PagedPQCache):
     @property
     def tokens(self) -> int | Tensor:
         """Tokens a sequence; while steps are made, on the device."""
-        return self.store.device_length() if self._asked else self.store.length()
+        return self.steps.device_length() if self._asked else self.store.length()
 
     def before_forward(self, new_tokens: int) -> bool:
         """Make room for a forward pass; True if it is a step.
@@ -124,21 +124,21 @@ class StaticPQCache(PagedPQCache):
 
     def _begin_steps(self) -> None:
         """Take all pages and make what the operations keep: a compiled step must not."""
-        if self._steps is None:
-            self._steps = PQSteps(self, self._query.device)
-        self._steps.begin(None)
+        if self._pq_steps is None:
+            self._pq_steps = PQSteps(self, self._query.device)
+        self._pq_steps.begin(None)
         self.store.reserve(self.max_length)
-        self.store.prime(self._query.num_kv_heads * self._query.group)
+        self.steps.prime(self._query.num_kv_heads * self._query.group)
         for layer in self.layers:
             assert isinstance(layer, StaticPQLayer)
-            layer.marker = self._steps.marker
+            layer.marker = self._pq_steps.marker
 
     def _settle(self) -> None:
         """Ask the device how many steps there have been."""
         if not self._asked:
             return
         self._asked = 0
-        self.store.stepped(int(self.store.device_length()) - self.store.length())
+        self.steps.stepped(int(self.steps.device_length()) - self.store.length())
         for layer in self.layers:
             if isinstance(layer, StaticPQLayer):
                 layer.marker = None

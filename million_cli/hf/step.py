@@ -67,10 +67,6 @@ class Steps(Protocol):
         """One whole step has been launched."""
         ...
 
-    def fill(self, batch: int, length: int) -> None:
-        """Hold `length` random tokens in place of a prefill, for measurements of time and memory."""
-        ...
-
 
 _ALL: WeakValueDictionary[int, Steps] = WeakValueDictionary()
 

@@ -275,19 +275,6 @@ def test_capturing_ahead_changes_nothing(kind):
     assert [list(row) for row in zip(*tokens, strict=True)] == expected
 
 
-@pytest.mark.parametrize("kind", ["paged", "contiguous", "dense"])
-def test_random_tokens_in_place_of_a_prompt(kind):
-    engine = Engine(tiny_model(), make(kind), graphs=TapeGraphs())
-    engine.fill(3, 200, new_tokens=40)
-    for _ in range(40):
-        engine.step()
-    assert engine.logits.isfinite().all()
-    assert engine.length == 240
-    if kind != "dense":
-        assert engine.cache.store.length() == 240
-        assert engine.cache.memory()["key_codes"] > 0
-
-
 def test_compiled_steps_are_the_same():
     ids, mask = padded(2, 45, 0, 7)
     expected = {kind: tokens_of_generate(reference(kind), ids, 30, mask) for kind in ("paged", "dense")}
@@ -327,5 +314,3 @@ def test_mistakes_are_named():
         DenseCache(tiny_model("gemma3_text"), 10)
     with pytest.raises(UserError, match="temperature=-1"):
         Sampler(temperature=-1)
-    with pytest.raises(UserError, match=r"fill: .*DynamicCache"):
-        Engine(model, make("dynamic")).fill(1, 100)

@@ -305,7 +305,7 @@ def test_a_step_does_not_wait_for_the_device(steps: Steps, no_synchronisation: N
 
 def test_places_are_kept_over_pages_reorders_and_a_rewind(steps: Steps) -> None:
     def places() -> list[int]:
-        pages = steps.store._device_layer(0, steps.store.length())
+        pages = steps.store.device_layer(0)
         assert pages.block_table is not None
         tensors = (
             pages.key_codes,

@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache
 
 from million_cli.bench.cases import Config
 from million_cli.bench.e2e import Bench
+from million_cli.bench.fill import fill
 from million_cli.bench.profile import profile
 from million_cli.bench.stages import breakdown, shares, split_steps
 from million_cli.cache.side_stream import SideStream
@@ -157,7 +158,7 @@ def test_a_thousand_steps_without_waiting(kind: str) -> None:
         engines[1].step(ids[:, t])
     check_close(engines[0].logits, engines[1].logits)
     check_codes(engines[0].cache, engines[1].cache)
-    assert int(engines[0].cache.store.device_length()) == engines[0].cache.store.length() == 1100
+    assert int(engines[0].cache.steps.device_length()) == engines[0].cache.store.length() == 1100
     assert len(engines[0]._captured) == 1
 
 
@@ -246,7 +247,7 @@ def test_graphs_captured_ahead_change_nothing() -> None:
 def test_dense_attention_is_one_that_reads_no_mask() -> None:
     model, cache = make("dense", 8300)
     engine = Engine(model, cache)
-    engine.fill(1, 8192, 8)
+    fill(engine, 1, 8192, 8)
     engine.step()
     assert isinstance(engine.steps, DenseSteps)
     assert str(engine.steps.attention).split()[0] in ("flash", "cudnn"), engine.steps.attention
@@ -334,7 +335,7 @@ def test_stages_of_a_replayed_step() -> None:
     for kind in KINDS:
         model, cache = make(kind, 3000, WindowSpec(), layers=4)
         engine = Engine(model, cache, compile="default")
-        engine.fill(1, 2048, 64)
+        fill(engine, 1, 2048, 64)
         engine.step()
         engine.capture(40)
         engine.step()

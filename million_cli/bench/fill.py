@@ -1,0 +1,60 @@
+"""Caches full of random tokens, in place of a prompt: decode steps are timed without the prefill."""
+
+from __future__ import annotations
+
+import torch
+
+from million_cli.cache.store import CodeStore
+from million_cli.engine.dense import DenseCache, DenseLayer
+from million_cli.engine.engine import Engine
+from million_cli.errors import UserError
+from million_cli.hf.cache import PQCache
+
+
+@torch.no_grad()
+def fill(engine: Engine, batch: int, length: int, new_tokens: int = 0) -> None:
+    """Let an engine's empty cache hold `length` random tokens in each of `batch` sequences.
+
+    Args:
+        new_tokens: steps that will follow: memory is taken for them at once.
+
+    Raises:
+        UserError: a cache without steps (see `hf.step.Steps`), or too small for the tokens.
+    """
+    if engine.steps is None:
+        raise UserError(f"fill: {engine.notes[0]}")
+    engine.steps.expect(length + new_tokens)
+    if isinstance(engine.cache, DenseCache):
+        _fill_dense(engine.cache, batch, length, engine.device)
+    else:
+        assert isinstance(engine.cache, PQCache)
+        query = engine.cache.kv_shape
+        D = query.specs[0].keys.head_dim
+        two = torch.zeros(batch, query.num_kv_heads, 2, D, dtype=query.dtype, device=engine.device)
+        for position in range(engine.cache.store.num_layers):
+            engine.cache.append(position, two, two)  # the store learns batch, dtype and device
+        fill_store(engine.cache.store, length)
+    engine.begin(length, torch.zeros(batch, dtype=torch.int64, device=engine.device))
+
+
+def fill_store(store: CodeStore, length: int) -> None:
+    """Let a store that was appended to hold `length` random tokens a sequence: codes and windows."""
+    store.reserve(length)
+    for layer in range(store.num_layers):
+        tensors = store.device_layer(layer)
+        tensors.key_codes.random_(), tensors.value_codes.random_()
+        tensors.key_window.normal_(), tensors.value_window.normal_()
+    store.advance(length - store.length())
+
+
+def _fill_dense(cache: DenseCache, batch: int, length: int, device: torch.device) -> None:
+    config = cache.config
+    D = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    one = torch.zeros(batch, config.num_key_value_heads, 1, D, dtype=cache.dtype, device=device)
+    for layer in cache.layers:
+        assert isinstance(layer, DenseLayer)
+        layer.lazy_initialization(one, one)
+        assert layer.keys is not None
+        assert layer.values is not None
+        layer.keys.normal_(), layer.values.normal_()
+        layer.length = length
