@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import sys
+from contextlib import suppress
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
 from million_cli.errors import UserError
+from million_cli.files import CANNOT_WRITE, reason
+from million_cli.signals import Stopped, stopping
 
 # Numbers stay text here: the configuration's schema checks them and names what is wrong.
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -20,13 +26,12 @@ EPILOG = (
 BENCHES = ("speed", "kernel", "e2e")
 
 app = typer.Typer(
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="KV-cache product quantization: sample keys and values, train codebooks, measure the cost, decode.",
 )
 
-kernels = typer.Typer(no_args_is_help=True, help="The compiled CUDA kernels.")
+kernels = typer.Typer(help="The compiled CUDA kernels.")
 app.add_typer(kernels, name="kernels")
 
 Model = Annotated[
@@ -74,12 +79,25 @@ Out = Annotated[str | None, typer.Option("--out", help="Folder for results (defa
 
 @app.callback(invoke_without_command=True)
 def top(
+    ctx: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     if version:
         from million_cli.results import version as installed
 
         print(f"million {installed('million')}")
+        raise typer.Exit
+    _help_without_command(ctx)
+
+
+@kernels.callback(invoke_without_command=True)
+def kernels_top(ctx: typer.Context) -> None:
+    _help_without_command(ctx)
+
+
+def _help_without_command(ctx: typer.Context) -> None:
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
         raise typer.Exit
 
 
@@ -302,18 +320,60 @@ def kernels_build(
 
 
 def main() -> NoReturn:
-    """Entry point: the user's mistake is one line and exit code 2, ours a traceback and 1."""
+    """Entry point.
+
+    Exit codes: 0; 1 for our mistake, with a traceback; 2 for the user's, in one line; 128 + the number of the
+    signal that stopped the process, also of SIGPIPE when standard output is closed.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(
+                errors="backslashreplace"
+            )  # a terminal without the character still shows the rest
     try:
-        sys.exit(app(standalone_mode=False))
+        with stopping():
+            code = _invoke()
+            if sys.stdout is not None:
+                sys.stdout.flush()  # at exit, Python would report a full disk in several lines
+        sys.exit(code)
     except UserError as error:
-        message = str(error)
+        message, code = str(error), 2
     except typer.BadParameter.__base__ as error:  # type: ignore[misc]  # click's UsageError, wherever it lives
-        message = error.format_message()
+        message, code = error.format_message(), 2
+    except Stopped as error:
+        message, code = "interrupted", error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        print("million: interrupted", file=sys.stderr)
-        sys.exit(130)
-    print(f"million: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+        message, code = "interrupted", 130
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE:
+            raise
+        message, code = reason(error), 128 + signal.SIGPIPE if isinstance(error, BrokenPipeError) else 2
+        _discard_stdout()
+    with suppress(OSError):  # the terminal may be gone
+        print(f"million: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _invoke() -> int:
+    """Run the command line; gives its exit code.
+
+    Not through Typer's own entry, which turns a closed pipe and an interruption into exit codes of its own.
+    """
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("million", sys.argv[1:]) as context:
+            command.invoke(context)
+    except typer.Exit as done:
+        return done.exit_code
+    return 0
+
+
+def _discard_stdout() -> None:
+    """Drop what standard output still buffers, so that Python does not fail once more at exit."""
+    with suppress(OSError, ValueError, AttributeError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
 
 
 def _run(verb: str, ctx: typer.Context, text: str = "task") -> None:

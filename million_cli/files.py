@@ -6,6 +6,7 @@ full) and leaves neither a partial file nor a temporary one; a file that was the
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,18 @@ from million_cli.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+
+
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EPIPE)
+"""Errors of the destination (full, read-only, closed), wherever in the program they are raised."""
+
+
+def reason(error: OSError) -> str:
+    """One line for an error while writing: which file, if the system names it, and why."""
+    why = error.strerror or str(error) or type(error).__name__
+    if isinstance(error, BrokenPipeError):
+        return "standard output was closed before everything was printed"
+    return f"cannot write {error.filename}: {why}" if error.filename else f"cannot write: {why}"
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Between the command line and the pipelines: composes a job's configuration, runs it, keeps its record.
 
-A job never raises: whatever happens becomes its record, so one bad job does not stop a sweep, on any
-launcher.  The exit code follows from the records of the run.
+Every outcome of a job becomes its record, so one bad job does not stop a sweep, on any launcher.  Only an
+interruption does: the job records it and raises it again.  The exit code follows from the records of the run.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from million_cli.errors import UserError
+from million_cli.files import CANNOT_WRITE, reason
 from million_cli.pipelines.config import JobConfig
 from million_cli.results import CHECKOUT, Provenance, Record, Status, now, read_rows, running
 
 VALUED_FLAGS = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--info", "-i")
-EXIT_CODES: dict[Status, int] = {"ok": 0, "failed": 1, "refused": 2}
+EXIT_CODES: dict[Status, int] = {"ok": 0, "failed": 1, "refused": 2, "interrupted": 130}
 
 
 class Outcome(Callback):
@@ -194,7 +195,9 @@ def _job(verb: str, run_id: str, command: str, config: DictConfig) -> None:
         duration = time.perf_counter() - clock
         return Record(run=run_id, verb=verb, started=started, duration_s=duration, **fields)
 
-    status: Status = "failed"
+    def save_failure(status: Status, message: str) -> None:
+        record(status=status, provenance=Provenance.here(command), config=raw, error=message).save(out)
+
     try:
         from million_cli import pipelines
 
@@ -206,14 +209,22 @@ def _job(verb: str, run_id: str, command: str, config: DictConfig) -> None:
                 metrics=result.metrics,
                 fallbacks=result.fallbacks,
             ).save(out)
-        return
     except UserError as error:
-        status, message = "refused", str(error)
-        print(f"million: {message}", file=sys.stderr)
-    except Exception:
-        message = traceback.format_exc()
-        print(message, file=sys.stderr)
-    record(status=status, provenance=Provenance.here(command), config=raw, error=message).save(out)
+        print(f"million: {error}", file=sys.stderr)
+        save_failure("refused", str(error))
+    except KeyboardInterrupt as error:
+        save_failure("interrupted", f"interrupted by {str(error) or 'SIGINT'}")
+        raise  # the rest of a sweep is not run
+    except BrokenPipeError as error:
+        save_failure("interrupted", reason(error))
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
+            print(f"million: {reason(error)}", file=sys.stderr)
+            save_failure("refused", reason(error))
+        else:
+            traceback.print_exc()
+            save_failure("failed", traceback.format_exc())
 
 
 def _finish(table: Path, run_id: str) -> int:
@@ -226,7 +237,9 @@ def _finish(table: Path, run_id: str) -> int:
 
         show(rows, table, plot=len(rows) > 1)  # one point makes no plot
     statuses = {row["status"] for row in rows}
-    return next((EXIT_CODES[status] for status in ("failed", "refused") if status in statuses), 0)
+    return next(
+        (EXIT_CODES[status] for status in ("failed", "refused", "interrupted") if status in statuses), 0
+    )
 
 
 def _register_schema() -> None:
@@ -248,11 +261,11 @@ class _full_errors:  # noqa: N801 - a context manager
 
 
 def _raise_as_user_error(error: Exception) -> NoReturn:
-    """Hydra's, OmegaConf's and the file system's complaints as one line; anything else as it is."""
+    """Raise errors of Hydra, OmegaConf and the file system as a `UserError`, all others unchanged."""
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         raise UserError(one_line(error)) from error
-    if isinstance(error, OSError):
-        raise UserError(f"cannot write {error.filename}: {error.strerror}") from error
+    if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+        raise UserError(reason(error)) from error
     raise error
 
 

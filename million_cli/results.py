@@ -2,7 +2,8 @@
 
 A record is one row.  Columns, in this order:
 
-    run, verb, status, started, duration_s      which job; status is ok, refused (user's mistake) or failed
+    run, verb, status, started, duration_s      which job; status is ok, refused (the user's mistake), failed
+                                                (ours) or interrupted (by a signal or a closed pipe)
     command, commit, host, device, dtype, ...   where it came from (`Provenance`)
     <metric>                                    what was measured, units in the name
     fallbacks, error                            `; `-separated reasons; error text (with traceback if failed)
@@ -36,7 +37,7 @@ from million_cli.errors import UserError
 from million_cli.files import write_text
 
 Scalar = str | int | float | bool | None
-Status = Literal["ok", "refused", "failed"]
+Status = Literal["ok", "refused", "failed", "interrupted"]
 
 HEAD = ("run", "verb", "status", "started", "duration_s")
 TAIL = ("fallbacks", "error")

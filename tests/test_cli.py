@@ -134,6 +134,7 @@ def test_one_refused_job_does_not_stop_a_sweep(million, shared_out):
     assert "page_size=24" in stdout
 
 
+@pytest.mark.slow
 def test_launchers_keep_records_too(million, tmp_path):
     launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "--multirun", "cache=dense,paged"]
     assert million("eval", *SMALL, *SHORT, *launcher, out=tmp_path)[0] == 0
