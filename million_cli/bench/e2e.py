@@ -279,7 +279,8 @@ class Bench:
         if described.get("shape"):
             dtype = auto if self.config.dtype == "auto" else self.config.dtype
             return random_model(described["shape"], self.seed, dtype, self.device)
-        return load_model(described["path"] or name, self.config.dtype, self.device)[0]
+        trusted = bool(described.get("trust_remote_code", False))
+        return load_model(described["path"] or name, self.config.dtype, self.device, trusted)[0]
 
     def _codebook(self, model: PreTrainedModel, impl: str) -> Codebook | None:
         bits = impl.partition("-")[2]

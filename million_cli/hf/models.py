@@ -31,6 +31,7 @@ def load_model(
     name_or_path: str,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, Any]:
     """Load a causal language model, in evaluation mode, and its tokenizer.
 
@@ -39,24 +40,33 @@ def load_model(
             package.
         dtype: one of `DTYPES`, or "auto" for the checkpoint's own.
         device: where the weights go, e.g. "cpu" or "cuda:0".
+        trust_remote_code: run Python code that comes with the checkpoint. Nobody is asked.
 
     Returns:
         The model and its tokenizer; a tokenizer without a padding token pads with its end-of-text token.
 
     Raises:
-        UserError: no such model, a damaged checkpoint, or an unknown dtype or device.
+        UserError: no such model, a damaged checkpoint, one that needs its own code without
+            `trust_remote_code`, or an unknown dtype or device.
     """
     torch_dtype = resolve_dtype(dtype)
     torch_device = resolve_device(device)
     source = _resolve_name(name_or_path)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            source, dtype="auto" if torch_dtype is None else torch_dtype
+            source,
+            dtype="auto" if torch_dtype is None else torch_dtype,
+            trust_remote_code=trust_remote_code,
         )
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (
         Exception
     ) as error:  # each layer below raises types of its own: OSError, SafetensorError, KeyError, ...
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise UserError(
+                f"model={name_or_path}: needs Python code that comes with it; model.trust_remote_code=true "
+                "runs that code (read it first)"
+            ) from error
         raise UserError(f"model={name_or_path}: cannot be loaded: {_first_line(error)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -48,12 +48,14 @@ class ModelConfig:
         shape: instead of a path, fields of a transformers configuration with `model_type`; weights are then
             random, drawn from the job's seed, and the tokenizer reads bytes.
         dtype: auto, float16, bfloat16, float32 or float64; auto is float32 on a CPU, else the checkpoint's.
+        trust_remote_code: run Python code that comes with the model; without it such a model is refused.
     """
 
     name: str = "reference"
     path: str | None = "reference"
     shape: dict[str, Any] | None = None
     dtype: str = "auto"
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         if not self.path and not self.shape:

@@ -62,7 +62,7 @@ class Session:
         logger.info("model %s on %s", config.path or config.name, self.device_name)
         if not config.shape:
             assert config.path
-            return load_model(config.path, self.dtype, self.device)
+            return load_model(config.path, self.dtype, self.device, config.trust_remote_code)
         model = random_model(config.shape, self.config.seed, self.dtype, self.device)
         if config.path:
             raise UserError(f"model.path={config.path}: a model has a path or a shape, not both")

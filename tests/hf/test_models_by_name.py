@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,44 @@ def test_damaged_folders(folder: Path, damage: Any) -> None:
         load_model(str(folder))
     assert str(folder) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture
+def folder_with_code(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model that only its own Python code can load; a question on the terminal would fail the test."""
+    config = json.loads((folder / "config.json").read_text())
+    config["model_type"] = "own"
+    config["architectures"] = ["OwnModel"]
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(CODE)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
+    return folder
+
+
+def test_code_that_comes_with_a_model_is_refused_without_a_question(folder_with_code: Path) -> None:
+    with pytest.raises(UserError, match=r"needs Python code .* model\.trust_remote_code=true runs that code"):
+        load_model(str(folder_with_code))
+
+
+def test_code_that_comes_with_a_model_runs_when_it_is_trusted(folder_with_code: Path) -> None:
+    model, tokenizer = load_model(str(folder_with_code), trust_remote_code=True)
+    assert type(model).__name__ == "OwnModel"
+    assert tokenizer("a b").input_ids == [2, 3]
 
 
 def test_unknown_dtype_and_device() -> None:
