@@ -54,10 +54,13 @@ class DenseLayer(CacheLayerMixin):
         """Append `[B, Hkv, N, D]`; what the N queries attend to.
 
         Raises:
-            UserError: the cache is full.
+            UserError: the cache is full, or holds another batch.
         """
-        if not self.is_initialized:
+        held = self.keys.shape[0] if self.is_initialized and self.keys is not None else None
+        if held is None or (held != key_states.shape[0] and not self.length):
             self.lazy_initialization(key_states, value_states)
+        elif held != key_states.shape[0]:
+            raise UserError(f"batch={key_states.shape[0]}: this cache holds a batch of {held}")
         assert self.keys is not None
         assert self.values is not None
         start, end = self.length, self.length + key_states.shape[2]

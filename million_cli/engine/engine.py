@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
@@ -43,9 +44,14 @@ logger = logging.getLogger("million")
 class Engine:
     """One text, or batch of texts, at a time.
 
+    `prefill` and `generate` start a new text.  With `continue_text=True` they read the next turn of the text
+    that the engine holds: the prompt and every token given out since, the newest included.  A cache that
+    held tokens before the engine got it is either continued in this way or reset first, never added to
+    by accident.
+
     Args:
         model: in evaluation mode, on one device; its attention implementation is set.
-        cache: an empty PQ cache, a `DenseCache`, or any other cache of transformers.
+        cache: a PQ cache, a `DenseCache`, or any other cache of transformers.
         sampler: what makes the next token.
         compile: the step by torch.compile, which fuses the small kernels: "none", "default", or "tuned",
             which times variants of each kernel first.  Only for caches that have steps.  The model's
@@ -78,6 +84,8 @@ class Engine:
         self.logits: Tensor | None = None
         self.chunk: int | None = None
         self.length = 0
+        self._pending = False  # the newest token belongs to the text and is not in the cache yet
+        self._uneven = False  # some sequences ended before others: the cache holds more than was given out
         self.steps = self._make_steps(bucket)
         if self.steps is not None:
             use_pq_attention(model)
@@ -133,55 +141,109 @@ class Engine:
         *,
         new_tokens: int = 0,
         chunk: int | None = None,
+        continue_text: bool = False,
     ) -> Tensor:
-        """Read a prompt.
+        """Read a prompt: a new text, or with `continue_text` the next turn of the one that is held.
 
-        In one piece, K and V are attended to exactly; in chunks each one sees what the cache has made of the
-        chunks before.  A prompt that does not fit into memory in one piece is read in the largest chunks
-        that do, halved from its length.
+        In one piece, the prompt's K and V are attended to exactly; in chunks each one sees what the cache
+        has made of the chunks before.  A new text that does not fit into memory in one piece is read in the
+        largest chunks that do, halved from its length.
 
         Args:
-            ids: `[B, T]`.
-            attention_mask: `[B, T]` of 0 (padding, on the left) and 1, or None without padding.
+            ids: `[B, T]`; for a next turn the tokens that follow all tokens given out so far.
+            attention_mask: `[B, T]` of 0 (padding, on the left) and 1, or None without padding.  A next turn
+                has no padding of its own; after a cache that was filled elsewhere `[B, held + T]` tells the
+                padding of the tokens it holds.
             new_tokens: steps that will follow, if known: memory is taken for them at once.
             chunk: tokens at a time.
+            continue_text: go on with the text that is held.
 
         Returns:
             The first new token of each sequence, `[B]`, on the device.
 
         Raises:
-            UserError: padding that is not on the left, or more tokens than the cache takes.
+            UserError: padding that is not on the left, more tokens than the cache takes, a next turn without
+                a text or after sequences that ended at different tokens, or a new text for a cache that
+                was filled elsewhere.
         """
-        T = ids.shape[1]
-        mask, first_valid = _left_padding(attention_mask, T)
+        B, T = ids.shape
+        held = int(self.cache.get_seq_length())
+        ids = ids.to(self.device)
+        if continue_text:
+            mask, first_valid = self._mask_of_next_turn(B, T, held, attention_mask)
+            if self._pending:
+                ids = torch.cat([self._tokens, ids], dim=1)
+        else:
+            if held and not self.length:
+                raise UserError(
+                    f"the cache already holds {held} tokens: continue_text=True goes on after them, "
+                    "reset() forgets them"
+                )
+            mask, first_valid = _left_padding(attention_mask, T)
+            self._forget(release=self._static and self._tokens.shape[0] != B)
+            held = 0
+        end = held + ids.shape[1]
+        if mask is not None and mask.shape[1] < end:  # the newest token comes between mask and turn
+            mask = F.pad(mask, (0, end - mask.shape[1]), value=True)
         while True:
             if self.steps is not None:
-                self.steps.expect(T + new_tokens)
+                self.steps.expect(end + new_tokens)
             try:
-                logits = self._read(ids.to(self.device), mask, chunk or T)
+                logits = self._read(ids, mask, held, chunk or ids.shape[1])
                 break
             except torch.OutOfMemoryError:
-                reset_cache(self.cache)
+                self._forget(release=True)
                 chunk = -(-(chunk or T) // 2)
-                if chunk < LEAST_CHUNK:
+                if chunk < LEAST_CHUNK or held:  # what was held is lost
                     raise
+            except BaseException:
+                self._forget(release=True)
+                raise
             torch.cuda.empty_cache()
-        self.chunk = chunk if chunk is not None and chunk < T else None
+        self.chunk = chunk if chunk is not None and chunk < ids.shape[1] else None
         if self.chunk:
             self._note(f"prefill in chunks of {self.chunk}")
         token = self.sampler(logits)
-        self._begin(T, first_valid, token)
+        self._begin(end, first_valid, token)
         self.logits = logits
+        self._pending, self._uneven = True, False
         return token
 
-    def _read(self, ids: Tensor, mask: Tensor | None, chunk: int) -> Tensor:
+    def _mask_of_next_turn(
+        self, B: int, T: int, held: int, attention_mask: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """What `_left_padding` gives, for the text that is held and a turn of T tokens."""
+        if not held:
+            raise UserError("continue_text=True: there is no text to continue; accepted is a new text")
+        if self.length not in (0, held):
+            raise UserError(
+                f"the cache holds {held} tokens, the engine has read {self.length}: it was changed; "
+                "reset() starts again"
+            )
+        if self._uneven:
+            raise UserError(
+                "continue_text=True: the sequences ended at different tokens; accepted is one length"
+            )
+        if self.length and self._tokens.shape[0] != B:
+            raise UserError(f"batch={B}: the text that continues is a batch of {self._tokens.shape[0]}")
+        if not self.length and attention_mask is not None and attention_mask.shape[1] == held + T:
+            return _left_padding(attention_mask, held + T)
+        if attention_mask is not None and (attention_mask.shape[1] != T or not bool(attention_mask.all())):
+            raise UserError("attention_mask: accepted is a next turn without padding")
+        if not self.length or self._first_valid is None:
+            return None, None
+        first_valid = self._first_valid.clone()
+        return torch.arange(held + T, device=self.device) >= first_valid[:, None], first_valid
+
+    def _read(self, ids: Tensor, mask: Tensor | None, held: int, chunk: int) -> Tensor:
+        """Logits after `ids [B, T]`, which follow `held` tokens; mask: `[B, held + T]`."""
         T = ids.shape[1]
-        positions = None if mask is None else (mask.long().cumsum(-1) - 1).clamp(min=0)
+        positions = None if mask is None else (mask.long().cumsum(-1) - 1).clamp(min=0)[:, held:]
         for start in range(0, T, chunk):
             stop = min(start + chunk, T)
             output = self.model(
                 input_ids=ids[:, start:stop],
-                attention_mask=None if mask is None else mask[:, :stop].to(self.device),
+                attention_mask=None if mask is None else mask[:, : held + stop].to(self.device),
                 position_ids=None if positions is None else positions[:, start:stop].to(self.device),
                 past_key_values=self.cache,
                 use_cache=True,
@@ -199,12 +261,17 @@ class Engine:
         self._begin(length, None, token)
 
     def reset(self) -> None:
-        """Forget the text; memory and graphs are kept for the next one, which comes in the same batch."""
+        """Forget the text; memory and graphs are kept for the next one if it comes in the same batch."""
+        self._forget(release=False)
+
+    def _forget(self, release: bool) -> None:
+        """As `reset`, with `release` also the memory."""
         if isinstance(self.cache, PQCache):
-            self.cache.reset(release=self.steps is None)
+            self.cache.reset(release=release or self.steps is None)
         else:
             reset_cache(self.cache)
         self.length = 0
+        self._pending = self._uneven = False
 
     def _begin(self, length: int, first_valid: Tensor | None, token: Tensor) -> None:
         """Static tensors of the steps, the same ones for the next text if it is of the same form."""
@@ -236,8 +303,17 @@ class Engine:
             the next step.
 
         Raises:
-            UserError: more tokens than the cache takes, or a strict cache that would have to fall back.
+            UserError: no text, more tokens than the cache takes, a cache that was changed elsewhere, or a
+                strict cache that would have to fall back.
         """
+        if not self.length:
+            raise UserError("step: there is no text yet; prefill reads one")
+        held = self.cache.get_seq_length()
+        if isinstance(held, int) and held != self.length:  # a tensor is on the device: not waited for
+            raise UserError(
+                f"the cache holds {held} tokens, the engine has read {self.length}: it was changed; "
+                "reset() starts again"
+            )
         if tokens is not None:
             self._tokens.copy_(tokens[:, None])
         key = self.steps.ready() if self.steps is not None else None
@@ -251,6 +327,7 @@ class Engine:
             self.steps.prepare(key)
             self._step()
         self.length += 1
+        self._pending = True
         return self._tokens[:, 0]
 
     @torch.no_grad()
@@ -347,6 +424,7 @@ class Engine:
         max_new_tokens: int,
         eos: Sequence[int] = (),
         pad: int = 0,
+        continue_text: bool = False,
     ) -> Iterator[list[int]]:
         """The new tokens of each sequence, one step after the other, as the host learns of them.
 
@@ -354,20 +432,25 @@ class Engine:
         goes on with `pad`; the iteration ends when all have.
 
         Args:
-            ids, attention_mask: as for `prefill`.
+            ids, attention_mask, continue_text: as for `prefill`.
             max_new_tokens: of each sequence, at least 1.
             eos: tokens that end a sequence.
 
         Raises:
             UserError: as for `prefill` and `step`.
         """
-        token = self.prefill(ids, attention_mask, new_tokens=max_new_tokens - 1)
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens={max_new_tokens}: accepted are integers from 1")
+        token = self.prefill(ids, attention_mask, new_tokens=max_new_tokens - 1, continue_text=continue_text)
         readback = Readback(token)
         readback.send(token)
         alive = [True] * ids.shape[0]
         for made in range(max_new_tokens):
-            if made + 1 < max_new_tokens:
+            ahead = made + 1 < max_new_tokens
+            if ahead:
                 readback.send(self.step())
+            self._pending = not ahead  # the token of the step ahead is not given out
+            self._uneven = not all(alive)
             tokens = [
                 token if living else pad for token, living in zip(readback.receive(), alive, strict=True)
             ]

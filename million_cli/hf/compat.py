@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
 
 def tokens_to_remove(argument: int, length: int) -> int:
@@ -38,5 +38,5 @@ def reset_dense_layer(layer: Any) -> None:
     """
     layer.keys = layer.values = None
     layer.is_initialized = False
-    if isinstance(layer, DynamicSlidingWindowLayer):
+    if hasattr(layer, "cumulative_length"):  # sliding windows, quantized layers
         layer.cumulative_length = 0

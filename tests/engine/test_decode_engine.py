@@ -314,3 +314,100 @@ def test_mistakes_are_named():
         DenseCache(tiny_model("gemma3_text"), 10)
     with pytest.raises(UserError, match="temperature=-1"):
         Sampler(temperature=-1)
+
+
+def turns_of_generate(cache: Cache, first: Tensor, second: Tensor, n: int, mask: Tensor | None = None):
+    """The new tokens of two turns, by transformers; the second prompt follows the first answer."""
+    model, mask = tiny_model(), torch.ones_like(first) if mask is None else mask
+    options = {"past_key_values": cache, "max_new_tokens": n, "do_sample": False, "eos_token_id": None}
+    one = model.generate(first, attention_mask=mask, **options)
+    text = torch.cat([one, second], 1)
+    mask = torch.nn.functional.pad(mask, (0, text.shape[1] - first.shape[1]), value=1)
+    two = model.generate(text, attention_mask=mask, **options)
+    return one[:, first.shape[1] :].tolist(), two[:, text.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["steps", "graph"])
+@pytest.mark.parametrize("kind", ["paged", "contiguous", "dense", "dynamic", "paged torch"])
+def test_a_second_prompt_is_a_new_text_unless_it_is_said_to_continue(kind, graphs):
+    first, mask = padded(2, 45, 0, 9)
+    second = random_ids(2, 33, seed=5)
+    engine = Engine(tiny_model(), make(kind), graphs=TapeGraphs() if graphs else None)
+    one = tokens_of_engine(engine, first, 40, mask)
+    assert engine.length == engine.cache.get_seq_length() == 45 + 39
+    again = tokens_of_engine(engine, second, 40)  # without a reset
+    assert again == tokens_of_generate(reference(kind), second, 40)
+    assert engine.length == engine.cache.get_seq_length() == 33 + 39
+    assert tokens_of_engine(engine, first, 40, mask) == one
+    turn = [
+        list(r) for r in zip(*engine.generate(second, max_new_tokens=40, continue_text=True), strict=True)
+    ]
+    assert [one, turn] == list(turns_of_generate(reference(kind), first, second, 40, mask))
+    assert engine.length == engine.cache.get_seq_length() == 45 + 40 + 33 + 39
+
+
+@pytest.mark.parametrize("kind", ["paged", "dense"])
+def test_a_turn_follows_an_answer_that_ended_early(kind):
+    first, second = random_ids(1, 45), random_ids(1, 33, seed=5)
+    engine = Engine(tiny_model(), make(kind), graphs=None)
+    free = tokens_of_engine(engine, first, 30)[0]
+    end = free[7]
+    stop = free.index(end) + 1
+    answer = [token for (token,) in engine.generate(first, max_new_tokens=30, eos=[end])]
+    assert answer == free[:stop]
+    turn = [token for (token,) in engine.generate(second, max_new_tokens=20, continue_text=True)]
+    expected = reference(kind)
+    text = torch.cat([first, torch.tensor([answer]), second], 1)
+    with torch.no_grad():
+        tiny_model()(first, past_key_values=expected)
+        for t in range(45, 45 + stop):
+            tiny_model()(text[:, t : t + 1], past_key_values=expected)
+    assert turn == tokens_of_generate(expected, text, 20)[0]
+
+
+@pytest.mark.parametrize("kind", ["paged", "dense", "dynamic"])
+def test_a_cache_that_was_filled_elsewhere_is_continued_or_refused(kind):
+    text = random_ids(2, 80)
+    cache = make(kind)
+    for holder in (cache, expected := reference(kind)):
+        with torch.no_grad():
+            tiny_model()(text[:, :50], past_key_values=holder)
+    engine = Engine(tiny_model(), cache, graphs=TapeGraphs())
+    with pytest.raises(UserError, match="already holds 50 tokens: continue_text=True"):
+        engine.prefill(text)
+    run = engine.generate(text[:, 50:], max_new_tokens=30, continue_text=True)
+    assert [list(row) for row in zip(*run, strict=True)] == tokens_of_generate(expected, text, 30)
+    assert engine.length == cache.get_seq_length() == 80 + 29
+
+
+@pytest.mark.parametrize("kind", ["paged", "dense", "dynamic"])
+def test_the_next_text_may_come_in_another_batch(kind):
+    engine = Engine(tiny_model(), make(kind), graphs=TapeGraphs())
+    for B in (2, 3, 1):
+        ids = random_ids(B, 45, seed=B)
+        assert tokens_of_engine(engine, ids, 30) == tokens_of_generate(reference(kind), ids, 30)
+
+
+@pytest.mark.parametrize("kind", ["paged", "dense"])
+def test_turns_that_cannot_be_right_are_refused(kind):
+    engine = Engine(tiny_model(), make(kind), graphs=None)
+    ids, turn = random_ids(2, 40), random_ids(2, 10, seed=2)
+    with pytest.raises(UserError, match="no text to continue"):
+        engine.prefill(turn, continue_text=True)
+    with pytest.raises(UserError, match="no text yet"):
+        engine.step()
+    free = tokens_of_engine(engine, ids, 30)
+    ends = [t for t in free[0] if t not in free[1]][:1]
+    list(engine.generate(ids, max_new_tokens=30, eos=ends))
+    with pytest.raises(UserError, match="ended at different tokens"):
+        engine.prefill(turn, continue_text=True)
+    engine.prefill(ids)
+    with pytest.raises(UserError, match="next turn without padding"):
+        engine.prefill(turn, torch.zeros_like(turn), continue_text=True)
+    with pytest.raises(UserError, match="batch=1: the text that continues is a batch of 2"):
+        engine.prefill(turn[:1], continue_text=True)
+    engine.cache.crop(-5)
+    for use in (engine.step, lambda: engine.prefill(turn, continue_text=True)):
+        with pytest.raises(UserError, match="holds 35 tokens, the engine has read 40"):
+            use()
+    assert engine.prefill(ids).shape == (2,)  # a new text is always right
