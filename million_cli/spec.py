@@ -108,7 +108,8 @@ class ModelFingerprint:
     """What a codebook must agree on with the model it serves.
 
     `layers` are the indices of the full-attention layers (sliding-window layers keep dense caches);
-    `weights` is a digest of the key and value projections (see `hf.models.fingerprint`).
+    `weights` is a digest of the key and value projections, `rope_theta` the base of the rotary embedding,
+    None where there is none (see `hf.models.fingerprint`).
     """
 
     model_type: str
@@ -117,6 +118,7 @@ class ModelFingerprint:
     num_kv_heads: int
     head_dim: int
     weights: str
+    rope_theta: float | None = None
 
     def differences(self, other: ModelFingerprint) -> list[str]:
         """One line a field that differs, naming both values; empty if they agree."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from million_cli.errors import UserError
+from million_cli.hf.probe import sign_bits
 from million_cli.spec import ModelFingerprint
 
 REFERENCE_MODEL = "reference"
@@ -24,7 +25,7 @@ DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
 }
-_WEIGHTS_SAMPLED = 4096  # elements of each projection that enter the fingerprint
+_PROJECTIONS = ("k_proj", "v_proj", "qkv_proj")
 
 
 def load_model(
@@ -46,17 +47,21 @@ def load_model(
         The model and its tokenizer; a tokenizer without a padding token pads with its end-of-text token.
 
     Raises:
-        UserError: no such model, a damaged checkpoint, one that needs its own code without
-            `trust_remote_code`, or an unknown dtype or device.
+        UserError: no such model, a damaged checkpoint, one whose weights are not the model's (see
+            `refuse_incomplete`), one that needs its own code without `trust_remote_code`, or an unknown
+            dtype or device.
     """
     torch_dtype = resolve_dtype(dtype)
     torch_device = resolve_device(device)
     source = _resolve_name(name_or_path)
+    loaded: Any  # transformers' annotations say a model
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(
             source,
             dtype="auto" if torch_dtype is None else torch_dtype,
             trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report, by name
         )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (
@@ -68,10 +73,43 @@ def load_model(
                 "runs that code (read it first)"
             ) from error
         raise UserError(f"model={name_or_path}: cannot be loaded: {_first_line(error)}") from error
+    model: PreTrainedModel = loaded[0]
+    refuse_incomplete(name_or_path, loaded[1])
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.to(torch_device)  # type: ignore[arg-type]  # transformers' wrapper of `to` hides its signature
     return model.eval(), tokenizer
+
+
+def refuse_incomplete(name: str, report: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint whose weights are not exactly those that the model has.
+
+    transformers draws missing weights at random and drops unexpected ones, with a warning at most.  Its
+    report already leaves out tied weights and buffers that older versions saved.
+
+    Args:
+        name: of the model, for the message.
+        report: transformers' loading report (`output_loading_info=True`).
+
+    Raises:
+        UserError: weights are missing, unexpected, of another shape or unreadable; the message names them.
+    """
+    faults = {
+        "lacks": sorted(report["missing_keys"]),
+        "has another shape for": sorted(key for key, *_ in report["mismatched_keys"]),
+        "holds what the model has no place for:": sorted(report["unexpected_keys"]),
+        "cannot be read:": [str(message).splitlines()[0] for message in report["error_msgs"]],
+    }
+    said = [f"{what} {_some(keys)}" for what, keys in faults.items() if keys]
+    if said:
+        raise UserError(
+            f"model={name}: the checkpoint {'; it '.join(said)}; accepted is one with the model's weights"
+        )
+
+
+def _some(keys: Sequence[str], most: int = 4) -> str:
+    more = f" and {len(keys) - most} more" if len(keys) > most else ""
+    return ", ".join(keys[:most]) + more
 
 
 def random_model(
@@ -134,10 +172,11 @@ def full_attention_layers(config: PreTrainedConfig) -> tuple[int, ...]:
 def fingerprint(model: PreTrainedModel) -> ModelFingerprint:
     """Identify a model for its codebooks.
 
-    The digest covers the signs of a fixed pseudo-random choice of 4096 elements of each key and value
-    projection of the full-attention layers.  Signs survive every cast between floating-point types, so that
-    a codebook trained on a float32 copy fits the float16 one, while retrained or other weights differ; an
-    8B model costs milliseconds.
+    `weights` is a digest of the key and value projections of the full-attention layers: the signs of 4096
+    elements of the matrix that each applies, adapters and dequantisation included (see `hf.probe`).  A
+    codebook trained on a float32 copy fits the float16 one, while retrained or other weights differ; an 8B
+    model costs milliseconds.  `rope_theta` is the base of the rotary embedding: another one turns keys at
+    other speeds.  Scalings of positions (YaRN, ...) are left out, since codebooks hold for all positions.
 
     Raises:
         UserError: an unsupported architecture (see `full_attention_layers`), or weights that are not in
@@ -149,11 +188,16 @@ def fingerprint(model: PreTrainedModel) -> ModelFingerprint:
     shapes = set()
     for index in layers:
         if index not in attention:
-            raise UserError(f"model_type={model.config.model_type}: layer {index} has no key projection")
+            raise UserError(
+                f"model_type={model.config.model_type} cannot be served: layer {index} makes keys and values "
+                f"in an unknown way; accepted are layers with k_proj and v_proj, or qkv_proj"
+            )
         module = attention[index]
         shapes.add(_kv_shape(module, model.config.get_text_config(decoder=True)))
         for projection in _kv_projections(module):
-            digest.update(_sign_bits(projection.weight, index))
+            if any(parameter.device.type == "meta" for parameter in projection.parameters()):
+                raise UserError(f"layer {index}: its weights are offloaded; load the model on one device")
+            digest.update(sign_bits(projection, model.dtype))
     if len(shapes) != 1:
         raise UserError(
             f"model_type={model.config.model_type}: (KV heads, head_dim) differ among full-attention layers: "
@@ -168,7 +212,16 @@ def fingerprint(model: PreTrainedModel) -> ModelFingerprint:
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         weights=digest.hexdigest()[:32],
+        rope_theta=_rope_theta(text_config),
     )
+
+
+def _rope_theta(config: PreTrainedConfig) -> float | None:
+    """The base of the rotary embedding of full-attention layers; None without one."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    parameters = parameters.get("full_attention") or parameters
+    theta = parameters.get("rope_theta")
+    return None if theta is None else float(theta)
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
@@ -234,7 +287,7 @@ def attention_modules(model: PreTrainedModel) -> Iterator[tuple[int, nn.Module]]
 
 def _kv_projections(module: nn.Module) -> list[Any]:
     """The linear maps to K and V: two of them, or one that is fused with the queries' (Phi-3)."""
-    projections = [getattr(module, name, None) for name in ("k_proj", "v_proj", "qkv_proj")]
+    projections = [getattr(module, name, None) for name in _PROJECTIONS]
     return [p for p in projections if isinstance(p, nn.Module) and hasattr(p, "weight")]
 
 
@@ -245,18 +298,6 @@ def _kv_shape(module: nn.Module, config: PreTrainedConfig) -> tuple[int, int]:
     if k_proj is None:
         return config.num_key_value_heads, head_dim
     return k_proj.out_features // head_dim, head_dim
-
-
-def _sign_bits(weight: torch.Tensor, index: int) -> bytes:
-    if weight.device.type == "meta":
-        raise UserError(
-            f"layer {index}: its weights are offloaded; load the model on one device to fingerprint it"
-        )
-    flat = weight.detach().reshape(-1)
-    # Knuth's multiplicative hash spreads the choice over all rows and columns whatever the shape.
-    chosen = torch.arange(_WEIGHTS_SAMPLED, device=flat.device) * 2_654_435_761 % flat.numel()
-    signs = torch.signbit(flat[chosen]) if flat.is_floating_point() else flat[chosen]
-    return signs.to(torch.uint8).cpu().numpy().tobytes()
 
 
 def _first_line(error: Exception) -> str:

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from million_cli.errors import UserError
@@ -160,6 +162,122 @@ def test_fingerprint_sees_a_small_retraining() -> None:
     with torch.no_grad():
         weight += 0.02 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
     assert fingerprint(model).differences(before)
+
+
+def save_without(folder: Path, change: Any) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda w: w.pop("model.layers.1.self_attn.k_proj.weight"),
+            r"lacks model\.layers\.1\.self_attn\.k_proj",
+        ),
+        (lambda w: w.pop("lm_head.weight"), r"lacks lm_head\.weight"),
+        (lambda w: w.update({"score.weight": torch.ones(2)}), r"no place for: score\.weight"),
+        (lambda w: w.update({"model.norm.weight": torch.ones(3)}), r"another shape for model\.norm\.weight"),
+        (
+            lambda w: [w.pop(key) for key in list(w) if "mlp" in key],
+            r"lacks model\.layers\.0\.mlp\.down_proj\.weight, .* and 2 more",
+        ),
+    ],
+    ids=["missing", "no head", "unexpected", "mismatched", "many"],
+)
+def test_a_checkpoint_that_is_not_the_models_is_refused_by_name(
+    folder: Path, change: Any, message: str
+) -> None:
+    save_without(folder, change)
+    with pytest.raises(UserError, match=message) as error:
+        load_model(str(folder))
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_tied_or_was_once_saved_is_not_missed(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    save_without(
+        folder,
+        lambda w: (
+            w.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
+            or w.pop("lm_head.weight")
+        ),
+    )
+    model, _ = load_model(str(folder))
+    assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+
+
+def test_another_rope_theta_is_another_model(folder: Path) -> None:
+    before = fingerprint(load_model(str(folder))[0])
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 500.0
+    (folder / "config.json").write_text(json.dumps(config))
+    after = fingerprint(load_model(str(folder))[0])
+    assert before.differences(after) == ["rope_theta: 10000.0 != 500.0"]
+    config["rope_parameters"] |= {"rope_type": "yarn", "factor": 4.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert fingerprint(load_model(str(folder))[0]) == after, "positions are the codebook's matter"
+
+
+class Adapted(nn.Module):
+    """An adapter of low rank beside a projection, not merged into it."""
+
+    def __init__(self, base: nn.Linear, scale: float) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        self.base_layer = base
+        self.down = nn.Parameter(torch.randn(2, base.in_features, generator=generator).to(base.weight))
+        self.up = nn.Parameter(torch.randn(base.out_features, 2, generator=generator).to(base.weight))
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.scale = scale
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.base_layer.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x) + self.scale * (x @ self.down.T @ self.up.T)
+
+
+class Packed(nn.Linear):
+    """A projection whose weight is packed into bytes of another order at its first call."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__(base.in_features, base.out_features, bias=base.bias is not None)
+        self.dtype, self.bias = base.weight.dtype, base.bias
+        self.repacked = False
+        self.weight = nn.Parameter(base.weight.detach().view(torch.uint8), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.repacked:
+            self.repacked, self.weight.data = True, self.weight.data.flip(0, 1)
+        return nn.functional.linear(x, self.weight.flip(0, 1).view(self.dtype), self.bias)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_fingerprint_is_of_the_map_and_not_of_its_storage(bias: bool) -> None:
+    shape = {**tiny_model().config.to_dict(), "attention_bias": bias}
+    model = random_model(shape, seed=0, dtype="float32")
+    module = model.model.layers[1].self_attn
+    if bias:
+        nn.init.normal_(module.v_proj.bias, std=100)
+    plain, base = fingerprint(model), module.v_proj
+    module.v_proj = Packed(base)
+    assert fingerprint(model) == plain
+    assert module.v_proj.repacked
+    assert fingerprint(model) == plain, "after the first call too"
+    module.v_proj = Adapted(base, 0.0)
+    assert fingerprint(model) == plain, "an adapter that does nothing"
+    module.v_proj = Adapted(base, 0.02)
+    adapted = fingerprint(model)
+    assert [line.split(":")[0] for line in plain.differences(adapted)] == ["weights"]
+    with torch.no_grad():
+        base.weight += 0.02 * module.v_proj.up @ module.v_proj.down
+    module.v_proj = base
+    assert fingerprint(model) == adapted, "merged it is the same map"
 
 
 def test_offloaded_weights_cannot_be_fingerprinted() -> None:

@@ -1,4 +1,4 @@
-"""Greedy answers: nothing of the model's own generation configuration gets in, and they end where they should."""
+"""Greedy answers: nothing of the model's own generation configuration gets in; they end at a stop."""
 
 from __future__ import annotations
 
