@@ -61,6 +61,10 @@ class ContiguousStore(CodeStore):
                 target[:, :, :used] = source[:, :, :used]
         self._buffers[layer] = (new[0], new[1])
 
+    def _is_reserved(self, layer: int, coded: int) -> bool:
+        buffers = self._buffers[layer]
+        return buffers is not None and coded <= buffers[0].shape[2]
+
     def _write(self, layer: int, start: int, key_codes: Tensor, value_codes: Tensor) -> None:
         buffers = self._buffers[layer]
         assert buffers is not None

@@ -24,8 +24,10 @@ class PagedStore(CodeStore):
 
     Each layer has a pool `[num_pages, Hkv, *page_shape]` for keys and one for values, in the layouts of `ops`
     or, for torch, rows and transposed; one block table `[B, width]` int32 serves all layers.  Only whole
-    pages are ever written, and never again, so sequences share pages by reference count: reordering beams
-    copies no codes.
+    pages are ever written, and never again.  Sequences share, by reference count, the pages that every layer
+    has written, so reordering beams copies no codes.  A page that some layer has still to write belongs to
+    one sequence: pages reserved ahead are given back when the batch is reindexed, and pages written in some
+    layers only (amid a forward pass) are copied.
 
     Args:
         max_pages: size of the pool, fixed; an append that needs more raises `PagePoolExhausted` and changes
@@ -124,12 +126,7 @@ class PagedStore(CodeStore):
         B, Hkv = like.shape[:2]
         pages = coded // self.window.page_size
         missing = max(0, pages - self._pages) * B
-        if self.max_pages is None and missing > self._manager.free_pages:
-            total = len(self._manager)
-            expected = B * self._expected // self.window.page_size
-            least = total + missing - self._manager.free_pages
-            self._manager.grow(max(least, total + max(8, total // 32), expected))
-        ids = self._manager.allocate(missing)
+        ids = self._allocate(missing, expected=B * self._expected // self.window.page_size)
         try:
             self._grow_pool(layer, Hkv, like)
         except RuntimeError:  # out of device memory
@@ -140,6 +137,17 @@ class PagedStore(CodeStore):
             self._table = torch.zeros(B, width, dtype=torch.int32)
         if missing:
             self._extend_table(torch.tensor(ids, dtype=torch.int32).view(B, -1))
+
+    def _is_reserved(self, layer: int, coded: int) -> bool:
+        return coded <= self._pages * self.window.page_size and not self._stale
+
+    def _allocate(self, n: int, expected: int = 0) -> list[int]:
+        """n page ids; where the pool may grow, it does, to `expected` pages at least."""
+        if self.max_pages is None and n > self._manager.free_pages:
+            total = len(self._manager)
+            least = total + n - self._manager.free_pages
+            self._manager.grow(max(least, total + max(8, total // 32), expected))
+        return self._manager.allocate(n)
 
     def _grow_pool(self, layer: int, Hkv: int, like: Tensor) -> None:
         """Give a layer a pool with a place for every page id."""
@@ -195,16 +203,47 @@ class PagedStore(CodeStore):
             self._stale.update(self._mirrors)
 
     def _take_codes(self, indices: Tensor) -> None:
+        self._truncate()  # reserved ahead: to be written by one sequence each, so not to be shared
         old, new = self._table, self._table.index_select(0, indices.cpu())
         if new.shape == old.shape and torch.equal(new, old):  # beams mostly keep their order
             return
-        self._manager.share(new[:, : self._pages].flatten().tolist())
+        held = new[:, : self._pages]
+        common = min(self.coded(layer) for layer in range(self.num_layers)) // self.window.page_size
+        again = _repeated(indices.tolist())
+        copied = held[again, common:].flatten()  # written in some layers only, and claimed more than once
+        ids = torch.tensor(self._copy_pages(copied), dtype=torch.int32)
+        held[again, common:] = ids.view(len(again), self._pages - common)
+        fresh = torch.zeros_like(held, dtype=torch.bool)
+        fresh[again, common:] = True
+        self._manager.share(held[~fresh].tolist())
         self._manager.free(old[:, : self._pages].flatten().tolist())
         if new.shape == old.shape:
             old.copy_(new)
         else:
             self._table = new
         self._stale.update(self._mirrors)
+
+    def _copy_pages(self, pages: Tensor) -> list[int]:
+        """New pages with the codes of `pages` in every layer.
+
+        Raises:
+            PagePoolExhausted: nothing has changed.
+        """
+        ids = self._allocate(len(pages))
+        if not ids:
+            return ids
+        try:
+            for layer, pools in enumerate(self._pools):
+                if pools is not None:
+                    self._grow_pool(layer, pools[0].shape[1], pools[0])
+        except RuntimeError:  # out of device memory
+            self._manager.free(ids)
+            raise
+        for pools in self._pools:
+            for pool in pools or ():
+                target, source = (torch.tensor(x, device=pool.device) for x in (ids, pages.tolist()))
+                pool.index_copy_(0, target, pool.index_select(0, source))
+        return ids
 
     def _release(self) -> None:
         self._table = torch.zeros(0, 0, dtype=torch.int32)
@@ -226,3 +265,8 @@ class PagedStore(CodeStore):
             "block_table": sum(table.nbytes for table in tables),
             "pool_reserved": reserved,
         }
+
+
+def _repeated(indices: list[int]) -> list[int]:
+    """Places of the values that occurred before: [1, 0, 1, 1] -> [2, 3]."""
+    return [place for place, value in enumerate(indices) if value in indices[:place]]

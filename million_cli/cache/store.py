@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from million_cli.cache.device_lengths import DeviceLengths
+from million_cli.cache.indices import check_indices
 from million_cli.cache.side_stream import SideStream
 from million_cli.cache.view import KVView, Prefill, boundaries_of
 from million_cli.cache.window import ResidualWindow
@@ -261,6 +262,11 @@ class CodeStore(ABC):
             self._reserve(layer, self.window.coded_length(length), state.window.keys)
         self._code_tensors(0)  # the device's copy of a block table that has changed
 
+    def is_reserved(self, length: int) -> bool:
+        """Whether a step to `length` tokens finds its room; no longer so after a crop or another batch."""
+        coded = self.window.coded_length(length)
+        return all(self._is_reserved(layer, coded) for layer in range(self.num_layers))
+
     def device_layer(self, layer: int, lengths: Tensor | None = None) -> DeviceLayer:
         """A layer that was appended to, as the compiled operations see it.
 
@@ -309,8 +315,12 @@ class CodeStore(ABC):
         Where this cuts below what was coded, the tokens that the closed form now wants exact are decoded back
         into the window, in the model's dtype: what was lost by coding stays lost.  A decoded vector encodes
         to the code it came from, unless rounding it to a half-precision dtype crosses to another centroid.
+
+        Raises:
+            UserError: a negative length.
         """
-        assert length >= 0, length
+        if length < 0:
+            raise UserError(f"crop({length}): accepted are lengths from 0")
         self._encoder.wait()
         for layer, state in enumerate(self._layers):
             new = min(length, state.length)
@@ -329,27 +339,36 @@ class CodeStore(ABC):
         self._truncate()
 
     def reorder(self, beam_idx: Tensor) -> None:
-        """Sequence i becomes a copy of sequence beam_idx[i] (`[B]` integers), as beam search asks."""
-        assert self.batch in (None, len(beam_idx))
+        """Sequence i becomes a copy of sequence beam_idx[i] (`[B]` integers), as beam search asks.
+
+        Raises:
+            UserError: not as many as there are sequences, or a sequence that there is not.
+            PagePoolExhausted: (paged, amid a forward pass) no room for copies; nothing has changed.
+        """
+        if self.batch not in (None, len(beam_idx)):
+            raise UserError(f"reorder of {len(beam_idx)} sequences: this cache holds {self.batch}")
         self._take(beam_idx)
 
     def select(self, indices: Tensor) -> None:
-        """Keep the sequences `indices` (integers, any number, repeats allowed), in that order."""
+        """Keep the sequences `indices` (any number, repeats allowed), in that order; raises as `reorder`."""
         self._take(indices)
 
     def repeat_interleave(self, repeats: int) -> None:
-        """Each sequence becomes `repeats` neighbouring copies."""
+        """Each sequence becomes `repeats` >= 1 neighbouring copies; raises as `reorder`."""
+        if repeats < 1:
+            raise UserError(f"repeat_interleave({repeats}): accepted are integers from 1")
         if self.batch is not None:
             self._take(torch.arange(self.batch).repeat_interleave(repeats))
 
     def _take(self, indices: Tensor) -> None:
         if self.batch is None:
             return
+        check_indices(indices, self.batch)
         self._encoder.wait()
+        self._take_codes(indices)  # first, as it may fail
         for state in self._layers:
             if state.window is not None:
                 state.window.take(indices)
-        self._take_codes(indices)
         self.batch = len(indices)
 
     # -- the codes -------------------------------------------------------------------------------------------
@@ -358,8 +377,12 @@ class CodeStore(ABC):
     def _reserve(self, layer: int, coded: int, like: Tensor) -> None:
         """Make room for `coded` tokens of a layer; `like [B, Hkv, _, D]` gives sizes and device.
 
-        The only hook that may fail, and then the store is as it was.
+        It may fail, and then the store is as it was.
         """
+
+    @abstractmethod
+    def _is_reserved(self, layer: int, coded: int) -> bool:
+        """Whether a layer has room for `coded` tokens that the device knows of."""
 
     @abstractmethod
     def _write(self, layer: int, start: int, key_codes: Tensor, value_codes: Tensor) -> None:
@@ -379,7 +402,11 @@ class CodeStore(ABC):
 
     @abstractmethod
     def _take_codes(self, indices: Tensor) -> None:
-        """Reindex the batch of all codes."""
+        """Reindex the batch of all codes.
+
+        Raises:
+            PagePoolExhausted: nothing has changed.
+        """
 
     @abstractmethod
     def _release(self) -> None:

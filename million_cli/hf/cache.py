@@ -322,25 +322,34 @@ class PQCache(Cache):
             layer.crop(-removed)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Sequence i becomes a copy of sequence beam_idx[i]."""
-        self.store.reorder(beam_idx)
-        self._padding.forget()
+        """Sequence i becomes a copy of sequence beam_idx[i].
+
+        Raises:
+            UserError: as `CodeStore.reorder`.
+        """
+        self._reindex(lambda store: store.reorder(beam_idx))
         for layer in self._dense_layers():
             layer.reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each sequence becomes `repeats` neighbouring copies."""
-        self.store.repeat_interleave(repeats)
-        self._padding.forget()
+        self._reindex(lambda store: store.repeat_interleave(repeats))
         for layer in self._dense_layers():
             layer.batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences `indices`, in that order."""
-        self.store.select(indices)
-        self._padding.forget()
+        self._reindex(lambda store: store.select(indices))
         for layer in self._dense_layers():
             layer.batch_select_indices(indices)
+
+    def _reindex(self, change: Callable[[CodeStore], None]) -> None:
+        """Change the batch of the store; sequences that have no room for copies go on contiguously."""
+        self._padding.forget()
+        try:
+            change(self.store)
+        except PagePoolExhausted as error:
+            change(self._without_pages(str(error)))
 
     def _dense_layers(self) -> list[Any]:
         return [

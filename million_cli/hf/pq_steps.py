@@ -41,7 +41,7 @@ class PQSteps:
     def ready(self) -> Hashable | None:
         store = self.cache.store
         needed = store.length() + 1
-        if needed > self._room:
+        if needed > self._room or not store.is_reserved(needed):
             ahead = store.length() + store.window.page_size
             self._room = max(needed, min(ahead, self._expected)) if self._expected else ahead
             if not self.cache.reserve(self._room):

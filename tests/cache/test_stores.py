@@ -451,3 +451,49 @@ def test_reserved_buffers_never_move():
         view = store.append(0, k[:, :, t : t + 20], v[:, :, t : t + 20])
         addresses.add(view.key_codes.packed.data_ptr())
     assert len(addresses) == 1
+
+
+BRANCHES = {
+    "repeat_interleave": (lambda store: store.repeat_interleave(2), [0, 0, 1, 1]),
+    "reorder": (lambda store: store.reorder(torch.tensor([1, 1])), [1, 1]),
+    "select": (lambda store: store.select(torch.tensor([1, 0, 1])), [1, 0, 1]),
+}
+
+
+@pytest.mark.parametrize("Store", STORES)
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_copies_of_a_sequence_write_into_pages_of_their_own(Store, branch):
+    """Room is made ahead, then the batch branches: the copies go on differently."""
+    layers, (_, k, v) = random_layers(2), random_qkv(70, B=2)
+    store = Store(layers, SMALL)
+    for layer in range(2):
+        store.append(layer, k, v)
+    store.reserve(70 + 120)
+    change, rows = BRANCHES[branch]
+    change(store)
+    _, new_k, new_v = random_qkv(120, B=len(rows), seed=1)
+    for t in range(120):
+        for layer in range(2):
+            store.append(layer, new_k[:, :, t : t + 1], new_v[:, :, t : t + 1])
+    for layer in range(2):
+        k_all, v_all = torch.cat([k[rows], new_k], 2), torch.cat([v[rows], new_v], 2)
+        assert_holds(store, k_all, v_all, layer)
+
+
+@pytest.mark.parametrize("Store", STORES)
+def test_sequences_and_lengths_that_are_not_there_are_refused(Store):
+    """By a sentence, also under `python -O`: these come from users."""
+    store, (_, k, v) = Store(random_layers(), SMALL), random_qkv(70, B=2)
+    store.append(0, k, v)
+    for use, message in (
+        (lambda: store.crop(-1), r"crop\(-1\): accepted are lengths from 0"),
+        (lambda: store.reorder(torch.tensor([0, 1, 1])), "reorder of 3 sequences: this cache holds 2"),
+        (lambda: store.reorder(torch.tensor([0, 2])), r"sequences \[0, 2\]: this cache holds 0 to 1"),
+        (lambda: store.select(torch.tensor([-1])), r"sequences \[-1\]: this cache holds 0 to 1"),
+        (lambda: store.select(torch.tensor([True, False])), "accepted is a list of integers"),
+        (lambda: store.select(torch.tensor([], dtype=torch.long)), "not empty"),
+        (lambda: store.repeat_interleave(0), r"repeat_interleave\(0\): accepted are integers from 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            use()
+    assert_holds(store, k, v)
