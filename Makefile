@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
-EXTRAS := cpu,plots,sweep,longbench,lm-eval,dev
+EXTRAS := cpu,gguf,plots,sweep,longbench,lm-eval,dev
 
 ifeq ($(VENV),none)
   PY    := PYTHONPATH=$(CURDIR) $(PYTHON)
@@ -13,8 +13,10 @@ else
   SETUP := $(VENV)/.installed
 endif
 
-.PHONY: demo test test-all smoke lint format kernels-check clean
+.PHONY: setup demo test test-all smoke lint format kernels-check clean
 .DEFAULT_GOAL := demo
+
+setup: $(SETUP)
 
 demo: $(SETUP)
 	$(PY) -m million_cli run experiment=demo --multirun cache=dense,contiguous,paged

@@ -37,7 +37,9 @@ app.add_typer(kernels, name="kernels")
 Model = Annotated[
     str | None,
     typer.Option(
-        "--model", help="A name under conf/model, a folder, or a model on the hub.", metavar="NAME|PATH"
+        "--model",
+        help="A name under conf/model (reference, smollm2, ...), a folder, a GGUF file or a hub name.",
+        metavar="NAME|PATH",
     ),
 ]
 Dataset = Annotated[

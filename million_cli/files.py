@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -54,6 +55,42 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # renamed already, or the folder does not exist
             temporary.unlink()
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new folder beside `path`; with what the body writes into it, it becomes `path` if the body ends well.
+
+    `path` must not exist, and its writers exclude one another by a lock: folders that an earlier writer was
+    killed in are removed first.  Files get the permissions of any new file, whoever wrote them.
+
+    Raises:
+        UserError: an `OSError` inside the body or at the rename, with the path and the system's reason.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}")
+    try:
+        for stale in path.parent.glob(f".????????.{path.name}"):
+            shutil.rmtree(stale)
+        temporary.mkdir(parents=True)
+        yield temporary
+        mode = temporary.stat().st_mode & 0o666
+        for file in temporary.iterdir():
+            file.chmod(mode)
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+        temporary.rename(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # renamed already, if all went well
+
+
+def user_cache() -> Path:
+    """The user's cache: $MILLION_CACHE, or `million` in $XDG_CACHE_HOME or ~/.cache."""
+    if chosen := os.environ.get("MILLION_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "million"
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:

@@ -15,7 +15,7 @@ def progress(total: int, description: str, unit: str) -> tqdm[Any]:
         total=total,
         desc=description,
         unit=unit,
-        unit_scale=unit == "tok",
+        unit_scale=unit in ("tok", "B"),
         mininterval=interval,
         maxinterval=interval,
         dynamic_ncols=True,

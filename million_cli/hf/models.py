@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from million_cli.errors import UserError
+from million_cli.errors import UserError, first_line
+from million_cli.hf.gguf import SMOLLM2, converted, is_gguf, smollm2
+from million_cli.hf.incomplete import refuse_incomplete
 from million_cli.hf.probe import sign_bits
 from million_cli.spec import ModelFingerprint
 
@@ -25,6 +27,7 @@ DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
 }
+_ACCEPTED = f"a folder, a GGUF file, a hub name, {REFERENCE_MODEL} or {SMOLLM2}"
 _PROJECTIONS = ("k_proj", "v_proj", "qkv_proj")
 
 
@@ -37,8 +40,8 @@ def load_model(
     """Load a causal language model, in evaluation mode, and its tokenizer.
 
     Args:
-        name_or_path: a local folder, a name on the hub, or `reference`, the small model shipped with the
-            package.
+        name_or_path: a local folder, a GGUF file, a name on the hub, `reference`, the small model shipped
+            with the package, or `smollm2` (see `hf.gguf.smollm2`).
         dtype: one of `DTYPES`, or "auto" for the checkpoint's own.
         device: where the weights go, e.g. "cpu" or "cuda:0".
         trust_remote_code: run Python code that comes with the checkpoint. Nobody is asked.
@@ -48,7 +51,7 @@ def load_model(
 
     Raises:
         UserError: no such model, a damaged checkpoint, one whose weights are not the model's (see
-            `refuse_incomplete`), one that needs its own code without `trust_remote_code`, or an unknown
+            `hf.incomplete`), one that needs its own code without `trust_remote_code`, or an unknown
             dtype or device.
     """
     torch_dtype = resolve_dtype(dtype)
@@ -72,44 +75,13 @@ def load_model(
                 f"model={name_or_path}: needs Python code that comes with it; model.trust_remote_code=true "
                 "runs that code (read it first)"
             ) from error
-        raise UserError(f"model={name_or_path}: cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"model={name_or_path}: cannot be loaded: {first_line(error)}") from error
     model: PreTrainedModel = loaded[0]
     refuse_incomplete(name_or_path, loaded[1])
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.to(torch_device)  # type: ignore[arg-type]  # transformers' wrapper of `to` hides its signature
     return model.eval(), tokenizer
-
-
-def refuse_incomplete(name: str, report: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint whose weights are not exactly those that the model has.
-
-    transformers draws missing weights at random and drops unexpected ones, with a warning at most.  Its
-    report already leaves out tied weights and buffers that older versions saved.
-
-    Args:
-        name: of the model, for the message.
-        report: transformers' loading report (`output_loading_info=True`).
-
-    Raises:
-        UserError: weights are missing, unexpected, of another shape or unreadable; the message names them.
-    """
-    faults = {
-        "lacks": sorted(report["missing_keys"]),
-        "has another shape for": sorted(key for key, *_ in report["mismatched_keys"]),
-        "holds what the model has no place for:": sorted(report["unexpected_keys"]),
-        "cannot be read:": [str(message).splitlines()[0] for message in report["error_msgs"]],
-    }
-    said = [f"{what} {_some(keys)}" for what, keys in faults.items() if keys]
-    if said:
-        raise UserError(
-            f"model={name}: the checkpoint {'; it '.join(said)}; accepted is one with the model's weights"
-        )
-
-
-def _some(keys: Sequence[str], most: int = 4) -> str:
-    more = f" and {len(keys) - most} more" if len(keys) > most else ""
-    return ", ".join(keys[:most]) + more
 
 
 def random_model(
@@ -131,7 +103,7 @@ def random_model(
         try:
             config = AutoConfig.for_model(**config)
         except (TypeError, ValueError, KeyError) as error:
-            raise UserError(f"model_type={config.get('model_type')}: {_first_line(error)}") from error
+            raise UserError(f"model_type={config.get('model_type')}: {first_line(error)}") from error
     torch_device = resolve_device(device)
     with torch.random.fork_rng(devices=[torch_device] if torch_device.type == "cuda" else []), torch_device:
         torch.manual_seed(seed)
@@ -257,23 +229,29 @@ def resolve_device(device: str | torch.device) -> torch.device:
 def _resolve_name(name_or_path: str) -> str:
     """A folder or a hub name; what looks like a path must exist, so no typing error reaches the hub."""
     if not name_or_path:
-        raise UserError(f"model={name_or_path}: accepted are a folder, a hub name or {REFERENCE_MODEL}")
+        raise UserError(f"model={name_or_path}: accepted are {_ACCEPTED}")
     if name_or_path == REFERENCE_MODEL:
         if not REFERENCE_FOLDER.is_dir():
             raise UserError(f"model={name_or_path}: {REFERENCE_FOLDER} is missing; reinstall the package")
         return str(REFERENCE_FOLDER)
+    if name_or_path == SMOLLM2:
+        return str(smollm2())
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"model={name_or_path}: the folder holds no config.json")
         return str(folder)
+    if folder.is_file():
+        if not is_gguf(folder):
+            raise UserError(f"model={name_or_path}: not a GGUF file; accepted are {_ACCEPTED}")
+        return str(converted(folder))
     looks_like_path = (
-        folder.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.endswith(os.sep)
+        folder.is_absolute()
+        or name_or_path.startswith((".", "~"))
+        or name_or_path.endswith((os.sep, ".gguf"))
     )
     if looks_like_path or name_or_path.count("/") > 1:
-        raise UserError(
-            f"model={name_or_path}: no such folder; accepted are a folder, a hub name or {REFERENCE_MODEL}"
-        )
+        raise UserError(f"model={name_or_path}: no such folder or file; accepted are {_ACCEPTED}")
     return name_or_path
 
 
@@ -298,8 +276,3 @@ def _kv_shape(module: nn.Module, config: PreTrainedConfig) -> tuple[int, int]:
     if k_proj is None:
         return config.num_key_value_heads, head_dim
     return k_proj.out_features // head_dim, head_dim
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

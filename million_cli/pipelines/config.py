@@ -44,7 +44,8 @@ class ModelConfig:
 
     Attributes:
         name: for the record.
-        path: a folder, a name on the hub, or `reference`, the model shipped with the package.
+        path: a folder, a GGUF file, a name on the hub, `reference`, the model shipped with the package, or
+            `smollm2`.
         shape: instead of a path, fields of a transformers configuration with `model_type`; weights are then
             random, drawn from the job's seed, and the tokenizer reads bytes.
         dtype: auto, float16, bfloat16, float32 or float64; auto is float32 on a CPU, else the checkpoint's.
@@ -59,7 +60,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if not self.path and not self.shape:
-            raise UserError("model.path is empty; accepted are a folder and a model on the hub")
+            raise UserError("model.path is empty; accepted are a folder, a GGUF file and a model on the hub")
 
 
 @dataclass
