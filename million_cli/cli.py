@@ -235,10 +235,33 @@ def run(
 @app.command(context_settings=PASS_ON, epilog=EPILOG)
 def generate(
     ctx: typer.Context,
-    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads standard input.")],
+    prompt: Annotated[
+        str | None,
+        typer.Argument(help="Text to continue or, with --chat, to answer; - reads standard input."),
+    ] = None,
+    prompt_file: Annotated[
+        str | None, typer.Option("--prompt-file", help="Read the prompt from a file.", metavar="FILE")
+    ] = None,
     model: Model = None,
     codebook: Codebook = None,
-    tokens: Annotated[int, typer.Option("--tokens", help="Tokens to generate.", min=1)] = 64,
+    tokens: Annotated[int, typer.Option("--tokens", help="Tokens to generate, at most.", min=1)] = 64,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat",
+            help="Apply the tokenizer's chat template (default: if there is one and the prompt is plain).",
+            show_default=False,
+        ),
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option("--temperature", help="0 is greedy; above, tokens are drawn.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option("--top-p", "--top_p", help="Draw among the tokens that hold this probability.")
+    ] = 1.0,
+    draw_seed: Annotated[
+        int, typer.Option("--seed", help="Of the drawn tokens; the codebook's is the override seed=.", min=0)
+    ] = 0,
     paged: Paged = False,
     page_size: PageSize = None,
     extended_residual: ExtendedResidual = None,
@@ -247,20 +270,28 @@ def generate(
     nbits: Nbits = None,
     half: Half = False,
     device: Device = None,
-    seed: Seed = None,
     strict: Strict = False,
     out: Out = None,
 ) -> None:
-    """Continue a prompt greedily, with any cache.
+    """Continue a prompt, or answer it with an instruct model, with any cache.
 
-    Example: million generate --paged "The history of the city begins"
+    The model's own generation settings (penalties, temperature, ...) are named on stderr, not applied.
+
+    Examples: million generate --paged "The history of the city begins";
+    million generate --model /models/Llama-3.1-8B-Instruct --temperature 0.7 --top-p 0.9 "Who wrote Faust?"
     """
     from million_cli.hydra_app import compose
 
+    if prompt is not None and prompt_file is not None:  # the first override, then
+        ctx.args.insert(0, prompt)
+        prompt = None
     config = compose(_arguments(ctx))
+    from million_cli.pipelines.generate import Generation
     from million_cli.pipelines.generate import generate as pipeline
+    from million_cli.pipelines.prompt import read_prompt
 
-    pipeline(config, sys.stdin.read() if prompt == "-" else prompt, tokens)
+    generation = Generation(tokens, chat, temperature, top_p, draw_seed)
+    pipeline(config, read_prompt(prompt, prompt_file), generation)
 
 
 @app.command(context_settings=PASS_ON, epilog="Overrides: report.run=all, report.page=false, out=FOLDER.")

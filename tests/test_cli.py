@@ -144,7 +144,7 @@ def test_launchers_keep_records_too(million, tmp_path):
     ]
 
 
-def test_sample_then_train_then_generate(million, shared_out):
+def test_sample_then_train_then_generate(million, shared_out, tmp_path):
     assert million("sample", *SMALL)[0] == 0
     assert million("train-codebook", *SMALL)[0] == 0
     rows = read_rows(shared_out / "results.csv")[1]
@@ -154,6 +154,11 @@ def test_sample_then_train_then_generate(million, shared_out):
     assert stdout.strip().startswith("Some words to go on from")
     assert stderr[-1].startswith("5 tokens, ")
     assert stderr[-1].endswith("(paged)")
+    (tmp_path / "prompt.txt").write_text("Some words to go on from")
+    again = million(
+        "generate", "--prompt-file", str(tmp_path / "prompt.txt"), *SMALL, "--paged", "--tokens=5"
+    )
+    assert again[:2] == (0, stdout)
 
 
 def test_report_shows_what_was_measured(million):
@@ -200,6 +205,10 @@ BAD = [
     (["bench", "nonsense"], "unexpected argument 'nonsense'"),
     (["generate", "", *SMALL], "the prompt is empty"),
     (["generate", "word", *SMALL, "--tokens", "3000"], "4 + 3000; accepted are 2048"),
+    (["generate", "--prompt-file", "/no/prompt"], "no such text file or folder: /no/prompt"),
+    (["generate", "word", *SMALL, "--top-p", "0.5"], "top_p=0.5: accepted with a temperature above 0"),
+    (["generate", "word", *SMALL, "--temperature", "-1"], "temperature=-1.0: accepted are 0 (greedy)"),
+    (["generate", "word", *SMALL, "--chat"], "--chat: the tokenizer has no chat template"),
     (["report", "/no/results.csv"], "no results at /no/results.csv"),
     (["report", "--codebook", "/no/book"], "no such codebook: /no/book"),
     (["report", "report.run=some"], "report.run=some: accepted are latest, all"),

@@ -298,6 +298,20 @@ def test_sampling_draws_from_the_softmax():
     assert Sampler()(logits[:2]).tolist() == [2, 2]
 
 
+@pytest.mark.parametrize(
+    ("top_p", "kept"),
+    [(0.01, [2]), (0.643, [2]), (0.645, [1, 2]), (0.880, [1, 2]), (0.882, [0, 1, 2]), (1.0, [0, 1, 2, 3])],
+)
+def test_top_p_draws_among_the_fewest_tokens_that_hold_it(top_p, kept):
+    # Probabilities 0.0871, 0.2369, 0.6439, 0.0321: the largest sum to 0.6439, 0.8808, 0.9679, 1.
+    torch.manual_seed(0)
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
+    drawn = Sampler(temperature=1.0, top_p=top_p)(logits.repeat(20_000, 1)).bincount(minlength=4) / 20_000
+    expected = torch.zeros(4)
+    expected[kept] = logits[kept].softmax(-1)
+    torch.testing.assert_close(drawn, expected, atol=0.015, rtol=0)
+
+
 def test_mistakes_are_named():
     model = tiny_model()
     with pytest.raises(UserError, match="compile=fast: accepted are none, default, tuned"):
@@ -312,8 +326,10 @@ def test_mistakes_are_named():
         engine.step()
     with pytest.raises(UserError, match="full attention in every layer"):
         DenseCache(tiny_model("gemma3_text"), 10)
-    with pytest.raises(UserError, match="temperature=-1"):
-        Sampler(temperature=-1)
+    for mistake in ({"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.5}):
+        ((name, value),) = mistake.items()
+        with pytest.raises(UserError, match=f"{name}={value}: accepted are"):
+            Sampler(**mistake)
 
 
 def turns_of_generate(cache: Cache, first: Tensor, second: Tensor, n: int, mask: Tensor | None = None):
