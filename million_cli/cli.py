@@ -15,6 +15,7 @@ import typer
 
 from million_cli.errors import UserError
 from million_cli.files import CANNOT_WRITE, reason
+from million_cli.registry import BENCHES
 from million_cli.signals import Stopped, stopping
 
 # Numbers stay text here: the configuration's schema checks them and names what is wrong.
@@ -23,7 +24,6 @@ EPILOG = (
     "Everything else is a Hydra override (key=value, e.g. quantizer=pq-3bit cache.page_size=128) or a Hydra "
     "flag: --multirun runs every combination of comma-separated values, --cfg job prints the configuration."
 )
-BENCHES = ("speed", "kernel", "e2e")
 
 app = typer.Typer(
     add_completion=False,
@@ -201,7 +201,7 @@ def bench(
     million bench e2e bench.budget_s=400
     """
     if what is not None:  # an override, or for Hydra's parser to refuse, unless it is one of ours
-        ctx.args.insert(0, f"bench={what}" if what in BENCHES else what)
+        ctx.args.insert(0, f"bench={what}" if what in BENCHES.own else what)
     _run("bench", ctx)
 
 

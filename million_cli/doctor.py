@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Iterator
 
 from million_cli.errors import UserError
+from million_cli.registry import BENCHES, CACHES, CODECS, TASKS
 from million_cli.results import git_commit, version
 
 PACKAGES = (
@@ -29,7 +30,7 @@ Line = tuple[str, str]
 
 def diagnose() -> int:
     """Print the findings; gives 0 if the torch path works, else 1."""
-    for lines in (_versions, _folders, _optional, _devices):
+    for lines in (_versions, _folders, names, _optional, _devices):
         for name, finding in lines():
             print(f"{name:<14}{finding}", flush=True)
     try:
@@ -95,6 +96,14 @@ def _folders() -> Iterator[Line]:
         yield "kernels", str(source_folder())
     except KernelsUnavailable as error:
         yield "kernels", f"missing: {error}"
+
+
+def names() -> Iterator[Line]:
+    """What configurations accept; names of other packages are followed by their package."""
+    for what, registry in (("caches", CACHES), ("codecs", CODECS), ("tasks", TASKS), ("benchmarks", BENCHES)):
+        origins = [(name, registry.package(name)) for name in registry.names]
+        names = (name if package == "million" else f"{name} ({package})" for name, package in origins)
+        yield what, ", ".join(names)
 
 
 def _optional() -> Iterator[Line]:

@@ -29,6 +29,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from million_cli.errors import UserError
 from million_cli.files import CANNOT_WRITE, reason
 from million_cli.pipelines.config import JobConfig
+from million_cli.registry import CODECS, TASKS
 from million_cli.results import CHECKOUT, Provenance, Record, Status, now, read_rows, running
 
 VALUED_FLAGS = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--info", "-i")
@@ -67,7 +68,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     """Run a verb's job or, with `--multirun`, its jobs.
 
     Args:
-        verb: a key of `pipelines.VERBS`.
+        verb: a name of `registry.VERBS`.
         arguments: Hydra overrides and flags in any order.
 
     Returns:
@@ -76,7 +77,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     Raises:
         UserError: the configuration does not compose, or a folder cannot be written.
     """
-    _register_schema()
+    _register_schema(arguments)
     flags, overrides = split_arguments(arguments)
     command = shlex.join(["million", *sys.argv[1:]])
     run_id = f"{now().replace(':', '').replace('+0000', 'Z')}-{uuid.uuid4().hex[:6]}"
@@ -101,7 +102,7 @@ def compose(arguments: Sequence[str]) -> JobConfig:
     Raises:
         UserError: it does not compose or a value is out of range.
     """
-    _register_schema()
+    _register_schema(arguments)
     flags, overrides = split_arguments(arguments)
     if flags:
         raise UserError(f"{flags[0]}: this command takes overrides only (key=value)")
@@ -242,8 +243,24 @@ def _finish(table: Path, run_id: str) -> int:
     )
 
 
-def _register_schema() -> None:
-    ConfigStore.instance().store(name="schema", node=JobConfig)
+def _register_schema(arguments: Sequence[str]) -> None:
+    """Tell Hydra the schema, and a choice of `task` or `quantizer` for each name that other packages add.
+
+    A name that the arguments mention is imported: its choice has all settings with their defaults, so that
+    overrides of them compose.
+    """
+    store = ConfigStore.instance()
+    store.store(name="schema", node=JobConfig)
+    for group, registry in (("task", TASKS), ("quantizer", CODECS)):
+        for name in registry.added:
+            if name in registry.own:
+                continue
+            settings: dict[str, Any] = {}
+            if any(name in argument for argument in arguments):
+                config = OmegaConf.structured(registry.load(name).Config)
+                settings = OmegaConf.to_container(config, throw_on_missing=False)  # type: ignore[assignment]
+            node = {"name": name, "kind": name, "codec": settings}
+            store.store(group=group, name=name, node={**settings, "name": name} if group == "task" else node)
 
 
 class _full_errors:  # noqa: N801 - a context manager

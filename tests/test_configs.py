@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import pytest
 from transformers import AutoConfig
@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from million_cli.errors import UserError
 from million_cli.hydra_app import compose, conf_folder
 from million_cli.pipelines.config import typed
-from million_cli.tasks import TASKS, task_module
+from million_cli.registry import BENCHES, CACHES, CODECS, TASKS
 from million_cli.text import DATASETS
 
 GROUPS = ("model", "data", "sample", "train", "quantizer", "cache", "task", "bench", "experiment")
@@ -83,12 +83,24 @@ def test_quantizers_have_the_bits_in_their_names(name, bits, head_dim):
 )
 def test_the_files_spell_out_the_defaults_of_the_code(group, name):
     settings = getattr(compose([f"{group}={name}"]), group)
-    assert set(settings) == set(asdict(task_module(name).Config()))
-    assert typed(group, settings) == task_module(name).Config()
+    config = (BENCHES if group == "bench" else TASKS).load(name).Config()
+    assert set(settings) == set(asdict(config))
+    assert typed(group, settings) == config
 
 
-def test_every_task_has_a_file():
-    assert set(TASKS) <= {*names("task"), *names("bench")}
+def test_every_name_has_a_file():
+    assert set(TASKS.own) <= set(names("task"))
+    assert set(BENCHES.own) <= set(names("bench"))
+    assert set(CACHES.own) <= set(names("cache"))
+    kinds = {compose([f"quantizer={name}"]).quantizer.kind for name in names("quantizer")}
+    assert kinds == {"dense", "pq", *CODECS.own}
+
+
+@pytest.mark.parametrize("name", names("quantizer"))
+def test_files_of_codecs_spell_out_all_settings_so_that_overrides_of_them_compose(name):
+    quantizer = compose([f"quantizer={name}"]).quantizer
+    if quantizer.kind in CODECS.own:
+        assert set(quantizer.codec) == {f.name for f in fields(CODECS.load(quantizer.kind).Config)}
 
 
 def test_either_dense_choice_makes_a_dense_job():

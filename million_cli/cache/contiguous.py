@@ -24,6 +24,8 @@ class ContiguousStore(CodeStore):
             None: room for what is there, then a quarter more each time it is used up.
     """
 
+    name = "contiguous"
+
     def __init__(
         self,
         layers: Sequence[tuple[LayerPQ, LayerPQ]],
@@ -40,6 +42,12 @@ class ContiguousStore(CodeStore):
         self._layouts = [(RowLayout(spec.keys, P), RowLayout(spec.values, P)) for spec in self.specs]
         assert ops is None or [ops.layouts(spec, P) for spec in self.specs] == self._layouts
         self._buffers: list[tuple[Tensor, Tensor] | None] = [None] * self.num_layers
+
+    @staticmethod
+    def compiled_ops() -> StoreOps:
+        from million_cli.ops.compiled_store import CompiledContiguous
+
+        return CompiledContiguous()
 
     def _reserve(self, layer: int, coded: int, like: Tensor) -> None:
         B, Hkv = like.shape[:2]

@@ -40,6 +40,8 @@ class PagedStore(CodeStore):
         UserError: max_pages is below 1.
     """
 
+    name = "paged"
+
     def __init__(
         self,
         layers: Sequence[tuple[LayerPQ, LayerPQ]],
@@ -67,6 +69,12 @@ class PagedStore(CodeStore):
         self._table = torch.zeros(0, 0, dtype=torch.int32)  # on the host: the truth
         self._mirrors: dict[torch.device, Tensor] = {}
         self._stale: set[torch.device] = set()
+
+    @staticmethod
+    def compiled_ops() -> StoreOps:
+        from million_cli.ops.compiled_store import CompiledPaged
+
+        return CompiledPaged()
 
     @property
     def page_stats(self) -> PageStats:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from million_cli.cache.window import ResidualWindow
 from million_cli.errors import UserError
 from million_cli.ops.codes import CodeReader
 from million_cli.ops.store_ops import DeviceLayer, StoreOps, run_operation
+from million_cli.ops.support import Store
 from million_cli.pq.codebook import LayerPQ
 from million_cli.pq.codec import Backend, decode, encode
 from million_cli.spec import PQSpec, WindowSpec
@@ -64,6 +66,8 @@ class CodeStore(ABC):
         UserError: prefill is neither "exact" nor "quantized".
     """
 
+    name: ClassVar[Store]
+
     def __init__(
         self,
         layers: Sequence[tuple[LayerPQ, LayerPQ]],
@@ -85,6 +89,11 @@ class CodeStore(ABC):
         self._layers = [LayerState(keys, values) for keys, values in layers]
         self.lengths = DeviceLengths()
         self._encoder = SideStream()
+
+    @staticmethod
+    @abstractmethod
+    def compiled_ops() -> StoreOps:
+        """The compiled operations over such a store.  Importing them registers them with torch."""
 
     # -- reading ---------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from million_cli.codecs.codec import CodecSpec
+from million_cli.codecs.codec import NoSettings, Shape
 
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
@@ -13,9 +13,10 @@ _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 class Fp8:
     """The `fp8` cache of inference engines with their default scale of 1; beyond +-448 it saturates."""
 
+    Config = NoSettings
     bits = 8.0
 
-    def __init__(self, spec: CodecSpec) -> None:
+    def __init__(self, config: NoSettings, shape: Shape, seed: int) -> None:
         pass
 
     def keys(self, pages: Tensor) -> Tensor:

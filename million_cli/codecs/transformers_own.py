@@ -1,4 +1,4 @@
-"""transformers' QuantizedCache, as far as its quantisers go: quanto and hqq, each an optional package.
+"""The quantisers of transformers' QuantizedCache: quanto and hqq, each an optional package.
 
 transformers quantises the whole text again whenever its residual fills, and shows a prefill nothing of it.
 Here its layers only quantise and dequantise; pages and window are ours, so that all methods see the same.
@@ -11,34 +11,35 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import HQQQuantizedLayer, QuantizedLayer, QuantoQuantizedLayer
 
-from million_cli.codecs.codec import CodecSpec
+from million_cli.codecs.codec import Groups, Shape
 from million_cli.errors import UserError
 
 
 class _TransformersCodec:
     """One of transformers' quantised layers, given one page at a time."""
 
+    Config = Groups
     _layer: type[QuantizedLayer]
     _name: str
     _package: str
     _axis: int
 
-    def __init__(self, spec: CodecSpec) -> None:
+    def __init__(self, config: Groups, shape: Shape, seed: int) -> None:
         options: dict[str, Any] = {"axis_key": self._axis, "axis_value": self._axis}
         try:
-            self._quantiser = self._layer(spec.nbits, q_group_size=spec.group, **options)
+            self._quantiser = self._layer(config.nbits, q_group_size=config.group, **options)
         except ImportError as error:
             raise UserError(
                 f"quantizer.kind={self._name} needs a package that is missing: pip install {self._package}"
             ) from error
         except ValueError as error:
-            raise UserError(f"quantizer.nbits={spec.nbits}: {str(error).splitlines()[0]}") from error
-        if spec.page_size * spec.head_dim % spec.group:
+            raise UserError(f"quantizer.codec.nbits={config.nbits}: {str(error).splitlines()[0]}") from error
+        if shape.page_size * shape.head_dim % config.group:
             raise UserError(
-                f"quantizer.group={spec.group}: accepted are divisors of a page of {spec.page_size} tokens "
-                f"and {spec.head_dim} dimensions"
+                f"quantizer.codec.group={config.group}: accepted are divisors of a page of {shape.page_size} "
+                f"tokens and {shape.head_dim} dimensions"
             )
-        self.bits = spec.nbits + 32 / spec.group  # a scale and a shift of 16 bits a group
+        self.bits = config.nbits + 32 / config.group  # a scale and a shift of 16 bits a group
 
     def keys(self, pages: Tensor) -> Tensor:
         layer, parts = self._quantiser, []

@@ -6,10 +6,12 @@ and comes back as m + s * code.  Minimum and step are stored in 16 bits each, an
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from million_cli.codecs.codec import CodecSpec
+from million_cli.codecs.codec import Groups, Shape
 from million_cli.errors import UserError
 from million_cli.pq.rotation import random_hadamard
 
@@ -39,13 +41,15 @@ class Kivi:
         UserError: groups that do not divide a page or the head.
     """
 
-    def __init__(self, spec: CodecSpec) -> None:
-        self._nbits, self._tokens = spec.nbits, spec.group
-        self._channels = min(spec.group, spec.head_dim)
-        if spec.page_size % self._tokens or spec.head_dim % self._channels:
+    Config = Groups
+
+    def __init__(self, config: Groups, shape: Shape, seed: int) -> None:
+        self._nbits, self._tokens = config.nbits, config.group
+        self._channels = min(config.group, shape.head_dim)
+        if shape.page_size % self._tokens or shape.head_dim % self._channels:
             raise UserError(
-                f"quantizer.group={spec.group}: accepted are divisors of cache.page_size={spec.page_size} "
-                f"that divide head_dim={spec.head_dim} or exceed it"
+                f"quantizer.codec.group={config.group}: accepted are divisors of "
+                f"cache.page_size={shape.page_size} that divide head_dim={shape.head_dim} or exceed it"
             )
 
     @property
@@ -60,24 +64,34 @@ class Kivi:
         return uniform(pages.unflatten(-1, (-1, self._channels)), self._nbits).flatten(-2)
 
 
-class PerToken:
-    """Keys and values a token in groups of channels.
+@dataclass
+class PerTokenSettings(Groups):
+    """`Groups`, and whether a random Hadamard rotation comes first."""
 
-    With a random Hadamard rotation first if `rotated`: it spreads outliers, as in QuaRot (Ashkboos et al.
-    2024, arXiv:2404.00456).
+    group: int = 128
+    hadamard: bool = False
+
+
+class PerToken:
+    """Keys and values a token in groups of channels.  A group wider than the head is the whole head.
+
+    The rotation spreads outliers, as in QuaRot (Ashkboos et al. 2024, arXiv:2404.00456).
 
     Raises:
         UserError: groups that do not divide the head.
     """
 
-    def __init__(self, spec: CodecSpec) -> None:
-        self._nbits = spec.nbits
-        self._channels = min(spec.group, spec.head_dim)
-        if spec.head_dim % self._channels:
+    Config = PerTokenSettings
+
+    def __init__(self, config: PerTokenSettings, shape: Shape, seed: int) -> None:
+        self._nbits = config.nbits
+        self._channels = min(config.group, shape.head_dim)
+        if shape.head_dim % self._channels:
             raise UserError(
-                f"quantizer.group={spec.group}: accepted are divisors of head_dim={spec.head_dim} and more"
+                f"quantizer.codec.group={config.group}: accepted are divisors of head_dim={shape.head_dim} "
+                "and more"
             )
-        self._rotation = random_hadamard(spec.head_dim, spec.seed) if spec.rotated else None
+        self._rotation = random_hadamard(shape.head_dim, seed) if config.hadamard else None
 
     @property
     def bits(self) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -89,6 +89,8 @@ class PQCache(Cache):
         backend: what serves the cache now, and every fallback so far.
     """
 
+    settings: ClassVar[tuple[str, ...]] = ()
+    """Arguments of a class beyond those that all PQ caches take; a configuration has them under `cache`."""
     _layer_class = PQLayer
 
     def __init__(
@@ -270,10 +272,11 @@ class PQCache(Cache):
         """Go on in a contiguous store with the same tokens."""
         assert isinstance(self.store, PagedStore)
         kernel = self._choice.compute == "kernel" and (
-            self._kernels.support(replace(self._query, store="contiguous")) is None
+            self._kernels.support(replace(self._query, store=ContiguousStore.name)) is None
         )
-        self._fall_back("contiguous", "kernel" if kernel else "torch", reason)
-        self.store = self.store.to_contiguous(self._kernels.make_ops("contiguous") if kernel else None)
+        self._fall_back(ContiguousStore.name, "kernel" if kernel else "torch", reason)
+        ops = self._kernels.make_ops(ContiguousStore.name) if kernel else None
+        self.store = self.store.to_contiguous(ops)
         return self.store
 
     def _attend(
@@ -396,8 +399,8 @@ class DynamicPQCache(PQCache):
             model,
             codebook,
             window,
-            Request("contiguous", compute, strict),
-            {"contiguous": lambda ops: ContiguousStore(layers, window, prefill=prefill, ops=ops)},
+            Request(ContiguousStore.name, compute, strict),
+            {ContiguousStore.name: lambda ops: ContiguousStore(layers, window, prefill=prefill, ops=ops)},
             kernels,
         )
 
@@ -415,6 +418,8 @@ class PagedPQCache(PQCache):
     Raises:
         UserError: as `DynamicPQCache`.
     """
+
+    settings = ("max_pages",)
 
     def __init__(
         self,
@@ -434,12 +439,12 @@ class PagedPQCache(PQCache):
             model,
             codebook,
             window,
-            Request("paged", compute, strict),
+            Request(PagedStore.name, compute, strict),
             {
-                "paged": lambda ops: PagedStore(
+                PagedStore.name: lambda ops: PagedStore(
                     layers, window, prefill=prefill, max_pages=max_pages, ops=ops
                 ),
-                "contiguous": lambda ops: ContiguousStore(layers, window, prefill=prefill, ops=ops),
+                ContiguousStore.name: lambda ops: ContiguousStore(layers, window, prefill=prefill, ops=ops),
             },
             kernels,
         )

@@ -1,7 +1,7 @@
 """Which store and which code serve a run: one pure function, and the record of all that was not as asked.
 
-The order of preference is paged kernel > contiguous kernel > torch.  What a kernel supports is not known
-here: `ops.support.support` is asked, and answers with the reason it cannot serve.
+The order of preference is paged kernel > contiguous kernel > torch.  `ops.support.support` knows what a
+kernel supports, and gives the reason where it cannot serve.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Literal, get_args
+from typing import Literal
 
+from million_cli.cache.contiguous import ContiguousStore
+from million_cli.cache.paged import PagedStore
+from million_cli.cache.store import CodeStore
 from million_cli.errors import UserError
 from million_cli.ops.store_ops import StoreOps
 from million_cli.ops.support import KernelQuery, Store, support
@@ -35,10 +38,12 @@ class Kernels:
     make_ops: Callable[[Store], StoreOps]
 
 
-def _compiled_ops(store: Store) -> StoreOps:
-    from million_cli.ops import compiled_store  # registers ops with torch: only where they run
+STORES: dict[Store, type[CodeStore]] = {store.name: store for store in (PagedStore, ContiguousStore)}
+"""In the order in which kernels are preferred; a store falls back to those after it."""
 
-    return compiled_store.CompiledPaged() if store == "paged" else compiled_store.CompiledContiguous()
+
+def _compiled_ops(store: Store) -> StoreOps:
+    return STORES[store].compiled_ops()
 
 
 COMPILED = Kernels(support, _compiled_ops)
@@ -52,13 +57,13 @@ class Request:
         UserError: an unknown store or compute.
     """
 
-    store: Store = "contiguous"
+    store: Store = ContiguousStore.name
     compute: Literal["auto", "kernel", "torch"] = "auto"
     strict: bool = False
 
     def __post_init__(self) -> None:
-        if self.store not in get_args(Store):
-            raise UserError(f"store={self.store}: accepted are {', '.join(get_args(Store))}")
+        if self.store not in STORES:
+            raise UserError(f"store={self.store}: accepted are {', '.join(STORES)}")
         if self.compute not in ("auto", "kernel", "torch"):
             raise UserError(f"compute={self.compute}: accepted are auto, kernel, torch")
 
@@ -107,10 +112,10 @@ def choose(request: Request, query: KernelQuery, support: KernelSupport = suppor
     """
     if request.compute == "torch" or (request.compute == "auto" and query.device.type == "cpu"):
         return Choice(request.store, "torch")
-    stores: tuple[Store, ...] = ("paged", "contiguous") if request.store == "paged" else ("contiguous",)
+    stores = list(STORES)
     choice = Choice(request.store, "torch")
     passed_over: list[tuple[Store, str]] = []
-    for store in stores:
+    for store in stores[stores.index(request.store) :]:
         reason = support(replace(query, store=store))
         if reason is None:
             choice = Choice(store, "kernel")

@@ -11,8 +11,8 @@ from million_cli.pipelines.config import JobConfig, typed
 from million_cli.pipelines.evaluate import write_table
 from million_cli.pipelines.plots import plot_breakdown
 from million_cli.pipelines.session import Session
+from million_cli.registry import BENCHES
 from million_cli.results import Scalar, now
-from million_cli.tasks import task_module
 
 
 def run_bench(config: JobConfig) -> list[Result]:
@@ -39,7 +39,7 @@ def bench(session: Session, caches: Caches) -> Result:
     """
     config = session.config
     task: Any = typed("bench", config.bench)
-    measured = task_module(task.name).measure(
+    measured = BENCHES.load(task.name).measure(
         session.model, session.tokenizer, caches, None, task, config.seed
     )
     metrics: dict[str, Scalar] = dict(measured.metrics)

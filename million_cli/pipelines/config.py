@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from million_cli.errors import UserError
+from million_cli.registry import BENCHES, CACHES, CODECS, TASKS
 from million_cli.spec import SCOPES, CodeSpec, PQSpec, WindowSpec
 from million_cli.text import TextConfig
 
-CACHES = ("dense", "contiguous", "paged")
-BASELINES = ("fp8", "kivi", "per-token", "quanto", "hqq")
-QUANTIZERS = ("dense", "pq", *BASELINES)
 TRAINERS = ("torch", "faiss")
 METRICS = ("euclidean", "fisher")
 SEEDINGS = ("kmeans++", "random")
@@ -99,11 +97,9 @@ class QuantizerConfig:
     """How keys and values are stored.
 
     Attributes:
-        kind: `dense` (not at all), `pq`, or an alternative of `codecs`: `fp8`, `kivi`,
-            `per-token`, `quanto` or `hqq`, which are simulated (quality, not memory or time).
-        nbits: of an alternative's codes, 1 to 8.
-        group: elements that share a scale in an alternative.
-        hadamard: rotate first (`per-token` only).
+        kind: `dense` (not at all), `pq`, or a codec of `registry.CODECS`, whose cache is simulated (it shows
+            quality, not memory or time).
+        codec: settings of such a codec, see its own `Config`.
         scope: one codebook for all (`merged`), per `layer`, or per layer and KV `head`.
         seeding: of k-means: `kmeans++`, or `random` as FAISS does it.
         weighting: of the samples in k-means, `none` or by their `gradient` (see `pq.weights`); `none` where
@@ -116,9 +112,7 @@ class QuantizerConfig:
 
     name: str = "dense"
     kind: str = "dense"
-    nbits: int = 4
-    group: int = 64
-    hadamard: bool = False
+    codec: dict[str, Any] = field(default_factory=dict)
     scope: str = "head"
     seeding: str = "kmeans++"
     weighting: str = "none"
@@ -128,7 +122,15 @@ class QuantizerConfig:
     widths: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
 
     def __post_init__(self) -> None:
-        check("quantizer.kind", self.kind, QUANTIZERS)
+        check("quantizer.kind", self.kind, ("dense", "pq", *CODECS.names))
+        if self.kind in CODECS.names:
+            CODECS.check(self.kind)
+        elif self.codec:
+            key, value = next(iter(self.codec.items()))
+            raise UserError(
+                f"quantizer.codec.{key}={value}: quantizer.kind={self.kind} has no such settings; accepted "
+                f"with {', '.join(CODECS.names)}"
+            )
         check("quantizer.scope", self.scope, SCOPES)
         check("quantizer.seeding", self.seeding, SEEDINGS)
         check("quantizer.weighting", self.weighting, WEIGHTINGS)
@@ -181,7 +183,7 @@ class CacheConfig:
     max_pages: int | None = None
 
     def __post_init__(self) -> None:
-        check("cache.kind", self.kind, CACHES)
+        CACHES.check(self.kind)
         if self.max_pages is not None:
             at_least("cache.max_pages", self.max_pages, 1)
         self.window()
@@ -325,22 +327,31 @@ class JobConfig:
 
 
 def typed(where: str, settings: Mapping[str, Any]) -> Any:
-    """A task's own configuration from the open mapping at `where`.
+    """A task's own configuration from the open mapping at `where`: `task`, `also.<name>` or `bench`.
 
     Raises:
-        UserError: an unknown task or key, or a value of the wrong type or out of range.
+        UserError: an unknown task, or see `checked`.
+    """
+    registry = BENCHES if where == "bench" else TASKS
+    return checked(where, registry.load(str(settings.get("name"))).Config, settings)
+
+
+def checked(where: str, dataclass: Any, settings: Mapping[str, Any]) -> Any:
+    """An instance of `dataclass` from the open mapping at `where`.
+
+    Raises:
+        UserError: an unknown or missing key, or a value of the wrong type or out of range.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from million_cli.tasks import task_module
-
-    task = task_module(str(settings.get("name"))).Config
-    accepted = [f.name for f in fields(task)]
+    accepted = [f.name for f in fields(dataclass)]
     for key in settings:
         if key not in accepted:
-            raise UserError(f"unknown key {where}.{key}; accepted are {', '.join(accepted)}")
+            raise UserError(f"unknown key {where}.{key}; accepted are {', '.join(accepted) or 'none'}")
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(task), dict(settings)))
+        schema = OmegaConf.structured(dataclass)
+        OmegaConf.set_readonly(schema, False)  # of a frozen dataclass
+        return OmegaConf.to_object(OmegaConf.merge(schema, dict(settings)))
     except OmegaConfBaseException as error:
         raise UserError(f"{where}.{error.full_key}: {str(error).splitlines()[0]}") from error

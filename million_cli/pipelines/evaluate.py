@@ -20,8 +20,8 @@ from million_cli.pipelines.plots import plot_table
 from million_cli.pipelines.session import Session
 from million_cli.pipelines.stages import code_digest, locked, stage_key
 from million_cli.pipelines.train_codebook import codebook_metrics
+from million_cli.registry import TASKS
 from million_cli.results import Scalar, now, write_rows
-from million_cli.tasks import task_loader, task_module
 from million_cli.text import Text, TextConfig
 
 logger = logging.getLogger("million")
@@ -76,21 +76,21 @@ def evaluate(session: Session, jobs: list[Job], caches: Caches) -> Result:
 
 
 def refuse_calibration_text(session: Session, caches: Caches, text: Text) -> None:
-    """Raise unless the codebook was trained on another text than `text`, or `allow_same_text` is set.
+    """Raise unless the quantizer was calibrated on another text than `text`, or `allow_same_text` is set.
 
     Raises:
         UserError: they are the same, or one contains the other.
     """
     config = session.config
-    if caches.codebook is None or config.allow_same_text:
+    if not caches.calibrated or config.allow_same_text:
         return
-    same = caches.codebook.meta.calibration_sha256 == text.sha256
+    same = caches.codebook is not None and caches.codebook.meta.calibration_sha256 == text.sha256
     if not same and config.codebook is None:
         calibration = session.text(config.data).content
         same = calibration in text.content or text.content in calibration
     if same:
         raise UserError(
-            f"the codebook was calibrated on the text under evaluation ({text.source}); "
+            f"the quantizer was calibrated on the text under evaluation ({text.source}); "
             "name another one, or allow_same_text=true"
         )
 
@@ -98,7 +98,7 @@ def refuse_calibration_text(session: Session, caches: Caches, text: Text) -> Non
 def _material(session: Session, task: Any) -> Any:
     if isinstance(task, TextConfig):
         return session.text(task)
-    load = task_loader(task.name)
+    load = getattr(TASKS.load(task.name), "load", None)
     return load(task) if load else None
 
 
@@ -111,6 +111,7 @@ def _measured(session: Session, caches: Caches, task: Any, text: Any) -> dict[st
         **dense,
         "codebook": hashlib.sha256(codebook.read_bytes()).hexdigest() if codebook else None,
         "quantizer": None if codebook else {**asdict(config.quantizer), "name": ""},
+        "codec": caches.codec_key,
         "cache": asdict(config.cache) if config.quantizer.kind != "dense" else None,
         "strict": config.strict,
         "fold": config.fold,
@@ -121,6 +122,7 @@ def _measured(session: Session, caches: Caches, task: Any, text: Any) -> dict[st
             "task": asdict(task),
             "text": text.sha256 if text is not None else None,
             "seed": config.seed,
+            **TASKS.source(task.name),
             **code_digest(""),
         }
     )
@@ -131,7 +133,7 @@ def _measured(session: Session, caches: Caches, task: Any, text: Any) -> dict[st
             found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             return {**found, "reused_from": found["measured"]}
         logger.info("%s with cache=%s, quantizer=%s", task.name, config.cache.kind, config.quantizer.name)
-        module = task_module(task.name)
+        module = TASKS.load(task.name)
         resume = {}
         if getattr(module, "RESUMABLE", False):
             same = config.quantizer.kind == "dense"

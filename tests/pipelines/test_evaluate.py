@@ -11,6 +11,7 @@ from million_cli.pipelines import evaluate as pipeline
 from million_cli.pipelines.evaluate import run_evaluate
 from million_cli.pipelines.session import Session
 from million_cli.pipelines.train_codebook import train
+from million_cli.tasks import perplexity
 
 
 def metrics(config):
@@ -46,7 +47,7 @@ def test_folding_changes_the_figures_by_rounding_only(job):
 def test_a_result_is_found_again_and_says_so(job, tmp_path, monkeypatch):
     config = job(f"out={tmp_path}")
     first = metrics(config)
-    monkeypatch.setattr(pipeline, "task_module", None)
+    monkeypatch.setattr(perplexity, "measure", None)
     again = metrics(config)
     assert again.pop("reused_from")
     assert again == first
@@ -55,11 +56,10 @@ def test_a_result_is_found_again_and_says_so(job, tmp_path, monkeypatch):
 def test_nothing_is_found_again_without_reuse(job, tmp_path, monkeypatch):
     config = job(f"out={tmp_path}", "reuse=false")
     metrics(config)
-    calls = []
-    original = pipeline.task_module
-    monkeypatch.setattr(pipeline, "task_module", lambda name: calls.append(name) or original(name))
+    calls, original = [], perplexity.measure
+    monkeypatch.setattr(perplexity, "measure", lambda *given: calls.append(given) or original(*given))
     metrics(config)
-    assert calls == ["perplexity"]
+    assert len(calls) == 1
 
 
 def test_further_tasks_join_the_record(job):
