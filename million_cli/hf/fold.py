@@ -21,6 +21,9 @@ from million_cli.errors import UserError
 from million_cli.hf.models import attention_modules, fingerprint
 from million_cli.pq.codebook import Codebook
 
+_TOKENS = 16  # that are read before and after
+_LEAST_ACCEPTED = 1e-3  # change of logits, over their spread; maps are float32
+
 
 class FoldedValues:
     """A model with the values' maps of a codebook in its projections, until `undo` (or the end of a `with`).
@@ -32,7 +35,8 @@ class FoldedValues:
 
     Raises:
         UserError: the codebook belongs to another model or has no maps for values; or the model norms values,
-            has no output projection, or shares projections among layers.
+            has no output projection, shares projections among layers, or gives other logits once folded (it
+            then has its own weights again).
     """
 
     def __init__(self, model: PreTrainedModel, codebook: Codebook) -> None:
@@ -51,6 +55,7 @@ class FoldedValues:
         self._model = model
         self._originals: list[tuple[Tensor, Tensor]] = []  # (view of a parameter, what it was)
         heads = codebook.meta.fingerprint.num_kv_heads
+        before = _logits(model)
         with torch.no_grad():
             for i, (weight, bias, output) in enumerate(places):
                 layer = transform.layer(i)
@@ -65,6 +70,14 @@ class FoldedValues:
                     0, (heads, -1, encode.shape[-1])
                 )  # by KV head and its queries
                 self._replace(output, (decode[:, None] @ columns).flatten(0, 2).mT)
+        changed = _difference(before, _logits(model))
+        accepted = max(_LEAST_ACCEPTED, 16 * torch.finfo(model.dtype).eps)
+        if not changed <= accepted:
+            self.undo()
+            raise UserError(
+                f"fold=true: model_type={model.config.model_type}: it does more to values than project them: "
+                f"folding changes its logits by {changed:.2g} of their spread; accepted is {accepted:.2g}"
+            )
         meta = replace(codebook.meta, fingerprint=fingerprint(model))
         self.codebook = Codebook(codebook.keys, replace(codebook.values, transform=None), meta)
 
@@ -86,6 +99,24 @@ class FoldedValues:
     def _replace(self, place: Tensor, content: Tensor) -> None:
         self._originals.append((place, place.detach().to("cpu", copy=True)))
         place.copy_(content)
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel) -> Tensor:
+    """Logits `[N, V]` of a few tokens, in float64."""
+    size = model.config.get_text_config(decoder=True).vocab_size
+    ids = torch.arange(_TOKENS, device=model.device)[None] * 7919 % size  # spread over the vocabulary
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits[0]
+    return logits.double()
+
+
+def _difference(before: Tensor, after: Tensor) -> float:
+    """Change of logits over their spread, root mean squares, each of the median token.
+
+    The median passes over tokens that rounding sends to other experts, and over padding.
+    """
+    change = (after - before).square().mean(-1).sqrt()
+    return float(change.median() / before.std(-1).median())
 
 
 def _heads(rows: Tensor, heads: int) -> Tensor:

@@ -22,6 +22,7 @@ from million_cli.pipelines.stages import code_digest, locked, stage_key
 from million_cli.pipelines.train_codebook import codebook_metrics
 from million_cli.registry import TASKS
 from million_cli.results import Scalar, now, write_rows
+from million_cli.tasks.base import check_finite, finite_logits
 from million_cli.text import Text, TextConfig
 
 logger = logging.getLogger("million")
@@ -138,7 +139,11 @@ def _measured(session: Session, caches: Caches, task: Any, text: Any) -> dict[st
         if getattr(module, "RESUMABLE", False):
             same = config.quantizer.kind == "dense"
             resume["journals"] = _journals(path, dense if same else cache, dense, fresh=not config.reuse)
-        result = module.measure(session.model, session.tokenizer, caches, text, task, config.seed, **resume)
+        with finite_logits(session.model):
+            result = module.measure(
+                session.model, session.tokenizer, caches, text, task, config.seed, **resume
+            )
+        check_finite(task.name, result.metrics)
         files: dict[str, str] = {}
         for name, rows in result.tables.items():
             place = path.with_name(f"{path.stem}-{name}.csv")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from dataclasses import asdict
 from functools import cached_property
@@ -23,6 +24,7 @@ from million_cli.spec import ModelFingerprint
 from million_cli.text import Text, TextConfig, load_text
 
 logger = logging.getLogger("million")
+_ORIGIN = ("transformers_version", "name_or_path")
 
 
 class Session:
@@ -94,8 +96,15 @@ class Session:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What a stage's key says about the model: its fingerprint, all its weights, dtype and device."""
+        """What a stage's key says about the model: all that a figure may depend on.
+
+        Its fingerprint, weights, configuration (of generation too), tokenizer, dtype and device.
+        """
+        generation = self.model.generation_config
         return {
+            "config": _settings(self.model.config.to_dict()),
+            "generation": None if generation is None else _settings(generation.to_dict()),
+            "tokenizer": _tokenizer_digest(self.tokenizer),
             "fingerprint": self.fingerprint.to_dict(),
             "weights": _weights_digest(self.model),
             "dtype": str(self.model.dtype),
@@ -131,6 +140,21 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<|pad|>", eos_token="<|end|>")
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without what says where it came from, or how attention is computed here."""
+    return {key: value for key, value in config.items() if not key.startswith("_") and key not in _ORIGIN}
+
+
+def _tokenizer_digest(tokenizer: Any) -> str:
+    """Digest of what text becomes under a tokenizer: its rules, tokens and chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    if backend is not None:
+        rules |= {"padding": None, "truncation": None}  # set by each call
+    parts = [rules, tokenizer.special_tokens_map, getattr(tokenizer, "chat_template", None)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def _weights_digest(model: PreTrainedModel) -> str:

@@ -12,11 +12,14 @@ One that says `RESUMABLE = True` also takes `journals` and keeps there what it h
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
@@ -53,6 +56,48 @@ def check_task(config: Any, **least: int) -> None:
         value = getattr(config, name)
         if value is not None and value < smallest:
             raise UserError(f"task.{name}={value}: accepted are integers from {smallest}")
+
+
+@contextmanager
+def finite_logits(model: PreTrainedModel) -> Iterator[None]:
+    """Within it every forward pass is watched; one that gave NaN or infinite logits is refused at the end.
+
+    A comparison of NaN with NaN would count as agreement.
+
+    Raises:
+        UserError: on leaving, if some logits were not finite.
+    """
+    head = model.get_output_embeddings()
+    finite: list[Tensor] = []
+
+    def watch(module: Any, arguments: Any, output: Any) -> None:
+        logits = getattr(output, "logits", output)
+        if isinstance(logits, Tensor) and logits.is_floating_point():
+            # One number a pass, left on the device: a sum is finite if all its terms are.
+            finite.append(logits.sum(dtype=torch.promote_types(logits.dtype, torch.float32)).isfinite())
+            finite[:] = [torch.stack(finite).all()]
+
+    hook = (model if head is None else head).register_forward_hook(watch)
+    try:
+        yield
+    finally:
+        hook.remove()
+    if finite and not finite[0]:
+        raise UserError(
+            f"model_type={model.config.model_type}: the logits hold NaN or infinity, so nothing is measured; "
+            f"accepted are sound weights in a dtype that holds their activations ({model.dtype} here)"
+        )
+
+
+def check_finite(task: str, metrics: Mapping[str, Scalar]) -> None:
+    """Raise UserError if a metric is NaN or infinite, naming it."""
+    wrong = [f"{name}={value}" for name, value in metrics.items() if not _is_finite(value)]
+    if wrong:
+        raise UserError(f"task={task} gave {', '.join(wrong)}; accepted are finite results")
+
+
+def _is_finite(value: Scalar) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def check_extra(who: str, extra: str, modules: Sequence[str]) -> None:

@@ -124,11 +124,11 @@ class Comparison:
 def _means(kl: Tensor, nll: Tensor, nll_dense: Tensor) -> dict[str, Scalar]:
     """Means over windows and positions `[windows, T]`, in nats a token.
 
-    The standard error of KL treats windows as independent, and tokens within one as not.
+    The standard error of KL treats windows as independent, and tokens within one as not; one window has none.
     """
     mean, mean_dense = nll.mean().item(), nll_dense.mean().item()
     windows = kl.mean(1)
-    error = windows.std().item() / math.sqrt(len(windows)) if len(windows) > 1 else math.nan
+    error = windows.std().item() / math.sqrt(len(windows)) if len(windows) > 1 else None
     return {
         "perplexity": math.exp(mean),
         "perplexity_dense": math.exp(mean_dense),
@@ -136,7 +136,7 @@ def _means(kl: Tensor, nll: Tensor, nll_dense: Tensor) -> dict[str, Scalar]:
         "nll": mean,
         "nll_dense": mean_dense,
         "kl_e3": 1e3 * windows.mean().item(),
-        "kl_se_e3": 1e3 * error,
+        "kl_se_e3": None if error is None else 1e3 * error,
     }
 
 

@@ -72,3 +72,24 @@ def test_refusals():
     finally:
         del norm.v_norm
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(model).items())
+
+
+def test_what_a_model_does_to_values_beyond_projections_is_noticed_and_undone(monkeypatch):
+    model, codebook = tiny_model(), codebook_for()
+    before = weights(model)
+    for layer in model.model.layers:  # a gate between the value and the output projection
+        monkeypatch.setattr(layer.self_attn.o_proj, "forward", gated(layer.self_attn.o_proj))
+    with pytest.raises(UserError, match=r"fold=true: model_type=llama: .* changes its logits by"):
+        FoldedValues(model, codebook)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(model).items())
+
+
+def gated(projection):
+    return lambda x: torch.nn.functional.linear(x * x.sigmoid(), projection.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounding_is_accepted(dtype):
+    model = random_model(tiny_model().config, seed=0, dtype=dtype)
+    with FoldedValues(model, random_codebook(model, (8, 5), (4, 8))) as folded:
+        assert folded.codebook.values.transform is None

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import csv
+import json
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from million_cli.errors import UserError
+from million_cli.hf.attention import use_pq_attention
+from million_cli.hf.models import random_model
+from million_cli.hydra_app import compose
 from million_cli.pipelines import evaluate as pipeline
 from million_cli.pipelines.evaluate import run_evaluate
-from million_cli.pipelines.session import Session
+from million_cli.pipelines.session import Session, byte_tokenizer
 from million_cli.pipelines.train_codebook import train
 from million_cli.tasks import perplexity
 
@@ -137,3 +142,81 @@ def test_records_hold_configuration_device_and_dtype(job):
     assert result.config["model"]["dtype"] == "float64"
     (dense,) = run_evaluate(job("cache=dense"))
     assert dense.config["quantizer"]["name"] == "dense"
+
+
+def model_folder(folder):
+    """A random model with its tokenizer, saved."""
+    shape = {
+        "model_type": "llama",
+        "vocab_size": 260,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.3,
+    }
+    random_model(shape, seed=0).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def edit(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("config.json", lambda c: c["rope_parameters"].update(rope_theta=500.0)),
+        ("config.json", lambda c: c.update(rms_norm_eps=0.1)),
+        ("generation_config.json", lambda c: c.update(eos_token_id=[3, 4])),
+        ("tokenizer.json", lambda c: c.update(normalizer={"type": "Lowercase"})),
+        ("tokenizer_config.json", lambda c: c.update(chat_template="{{ messages[0]['content'] }}")),
+    ],
+    ids=["rope_theta", "eps", "generation", "tokenizer", "chat template"],
+)
+def test_all_that_a_figure_depends_on_is_in_its_key(job, tmp_path, file, change):
+    folder = model_folder(tmp_path / "model")
+    config = job("model=folder", f"model.path={folder}", f"out={tmp_path}", "cache=dense")
+    before = Session(config).identity
+    assert Session(config).identity == before
+    assert "reused_from" not in metrics(config)
+    assert "reused_from" in metrics(config)
+    edit(folder / file, change)
+    assert Session(config).identity != before
+    assert "reused_from" not in metrics(config)
+
+
+def test_the_key_does_not_depend_on_what_was_done_with_the_model(job):
+    session = Session(job())
+    before = session.identity
+    use_pq_attention(session.model)
+    session.tokenizer.padding_side = "left"
+    session.tokenizer(["a", "abc"], padding=True, truncation=True, max_length=2)
+    del session.identity
+    assert session.identity == before
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "task",
+    [
+        ["task.dataset=synthetic", "task.context=64"],
+        ["task=passkey", "task.dataset=synthetic", "task.lengths=[160]", "task.samples=1"],
+    ],
+    ids=["perplexity", "passkey"],
+)
+def test_logits_that_are_not_finite_are_refused(tmp_path, value, task):
+    folder = model_folder(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] *= value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = compose(["model=folder", f"model.path={folder}", f"out={tmp_path}", "cache=dense", *task])
+    with pytest.raises(UserError, match="the logits hold NaN or infinity"):
+        run_evaluate(config)
+    assert not list((tmp_path / "evaluations").glob("*.json"))
