@@ -30,7 +30,8 @@ from million_cli.errors import UserError
 from million_cli.files import CANNOT_WRITE, reason
 from million_cli.pipelines.config import JobConfig
 from million_cli.registry import CODECS, TASKS
-from million_cli.results import CHECKOUT, Provenance, Record, Status, now, read_rows, running
+from million_cli.results import CHECKOUT, Provenance, Record, Status, now, running
+from million_cli.tables import read_results
 
 VALUED_FLAGS = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--info", "-i")
 EXIT_CODES: dict[Status, int] = {"ok": 0, "failed": 1, "refused": 2, "interrupted": 130}
@@ -230,14 +231,14 @@ def _job(verb: str, run_id: str, command: str, config: DictConfig) -> None:
 
 def _finish(table: Path, run_id: str) -> int:
     """Show what the run measured, and turn its records into an exit code."""
-    _, rows = read_rows(table)
-    rows = [row for row in rows if row["run"] == run_id]
-    assert rows, f"run {run_id} left no record in {table}"
-    if any(row["status"] == "ok" for row in rows):
+    rows = read_results(table)
+    rows = rows[rows["run"] == run_id]
+    assert len(rows), f"run {run_id} left no record in {table}"
+    statuses = set(rows["status"])
+    if "ok" in statuses:
         from million_cli.pipelines.report import show
 
         show(rows, table, plot=len(rows) > 1)  # one point makes no plot
-    statuses = {row["status"] for row in rows}
     return next(
         (EXIT_CODES[status] for status in ("failed", "refused", "interrupted") if status in statuses), 0
     )

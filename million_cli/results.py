@@ -2,6 +2,7 @@
 
 A record is one row.  Columns, in this order:
 
+    kind, schema                                `job` and its columns' version (see `tables`)
     run, verb, status, started, duration_s      which job; status is ok, refused (the user's mistake), failed
                                                 (ours) or interrupted (by a signal or a closed pipe)
     command, commit, host, device, dtype, ...   where it came from (`Provenance`)
@@ -14,14 +15,11 @@ A file grows new columns when a record has them; earlier rows then hold empty ce
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -30,18 +28,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock
-
 from million_cli import __version__
-from million_cli.errors import UserError
 from million_cli.files import write_text
+from million_cli.tables import Scalar, append_row
 
-Scalar = str | int | float | bool | None
 Status = Literal["ok", "refused", "failed", "interrupted"]
 
-HEAD = ("run", "verb", "status", "started", "duration_s")
-TAIL = ("fallbacks", "error")
-LOCK_TIMEOUT_S = 120.0
 CHECKOUT = Path(__file__).resolve().parent.parent
 """Root of the checkout this package runs from; site-packages if it is installed."""
 
@@ -124,7 +116,7 @@ class Record:
         name = f"{stamp}-{self.verb}-{os.getpid()}-{datetime.now(UTC):%f}.json"
         content = {**asdict(self), "fallbacks": list(self.fallbacks)}
         write_text(folder / "records" / name, json.dumps(content, indent=1, default=str) + "\n")
-        append_row(table, self.row())
+        append_row(table, self.row(), "job")
         return table
 
 
@@ -148,73 +140,6 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:
         else:
             flat[name] = value
     return flat
-
-
-def append_row(path: Path, row: Mapping[str, Scalar]) -> None:
-    """Append `row` to the CSV at `path`, adding the columns it lacks.
-
-    The file is rewritten beside itself and renamed under a lock, so two processes lose nothing and a crash
-    leaves the old file.
-
-    Raises:
-        UserError: the folder cannot be written, or the file there is no CSV of ours.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock", timeout=LOCK_TIMEOUT_S):
-            columns, rows = read_rows(path) if path.exists() else ([], [])
-            rows.append({key: _cell(value) for key, value in row.items()})
-            write_text(path, _to_csv(merge_columns(columns, list(row)), rows))
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def write_rows(path: Path, rows: Sequence[Mapping[str, Scalar]]) -> None:
-    """Write a whole CSV at once (columns: the union, in order of first appearance)."""
-    columns: list[str] = []
-    for row in rows:
-        columns = merge_columns(columns, list(row))
-    write_text(path, _to_csv(columns, [{k: _cell(v) for k, v in row.items()} for row in rows]))
-
-
-def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Columns and rows of a results CSV, every cell as text.
-
-    Raises:
-        UserError: no such file, or it has no `run` column.
-    """
-    if not path.is_file():
-        raise UserError(
-            f"no results at {path}: run `million eval` or `million run` first, or name a results CSV"
-        )
-    csv.field_size_limit(1 << 26)
-    columns: list[str] = []
-    rows: list[dict[str, str]] = []
-    with path.open(encoding="utf-8", newline="") as handle, suppress(UnicodeDecodeError, csv.Error):
-        reader = csv.DictReader(handle)
-        rows = list(reader)
-        columns = list(reader.fieldnames or [])
-    if "run" not in columns or any(None in row or None in row.values() for row in rows):
-        raise UserError(f"{path} is not a results CSV (a header with the column `run` and equally long rows)")
-    return columns, rows
-
-
-def merge_columns(old: Sequence[str], new: Sequence[str]) -> list[str]:
-    """All of `old` in order; each new name goes right behind its neighbour in `new`.
-
-    So a new metric lands among the metrics and a new setting among the settings.
-    """
-    merged = list(old)
-    known = set(merged)
-    place = 0
-    for name in new:
-        if name in known:
-            place = merged.index(name) + 1
-        else:
-            merged.insert(place, name)
-            known.add(name)
-            place += 1
-    return merged
 
 
 def version(package: str) -> str:
@@ -248,15 +173,3 @@ def git_commit() -> str:
         return git("rev-parse", "--short=12", "HEAD") + ("+dirty" if dirty else "")
     except (OSError, subprocess.SubprocessError):
         return ""
-
-
-def _cell(value: Scalar) -> str:
-    return "" if value is None else repr(value) if isinstance(value, float) else str(value)
-
-
-def _to_csv(columns: Sequence[str], rows: Iterable[Mapping[str, str]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

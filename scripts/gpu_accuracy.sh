@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Compares quantizers on the shipped reference model, takes the steps of the recipe apart, and counts recall:
-# OUT_DIR/accuracy.csv, recall.csv and recall-cells.csv.  No network; a GPU takes some minutes, and a run that was cut
-# short goes on.
+# rows in OUT_DIR/runs/results.csv, tables and figures in OUT_DIR/report.  No network; a GPU takes some minutes, and a
+# run that was cut short goes on.
 #
 #   scripts/gpu_accuracy.sh OUT_DIR [TEXT,TEXT...]      texts beside the WikiText-2 test excerpt
 #
@@ -40,7 +40,5 @@ rotation() { echo "quantizer.keys.rotation=$1 quantizer.values.rotation=$1"; }
   "${PYTHON:-python3} -m million_cli eval --multirun {} model.dtype=float32 out=$out/runs ${OVERRIDES:-}" && failed=0 || failed=1
 
 # Of the jobs that were finished, also where one failed.
-"${PYTHON:-python3}" scripts/accuracy_table.py "$out/runs/results.csv" "$out/accuracy.csv"
-"${PYTHON:-python3}" scripts/accuracy_table.py --recall "$out/runs/results.csv" "$out/recall.csv"
-"${PYTHON:-python3}" scripts/accuracy_table.py --cells "$out/runs/results.csv" "$out/recall-cells.csv"
+"${PYTHON:-python3}" -m million_cli report "$out/runs" --out "$out"
 exit "$failed"

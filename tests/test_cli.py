@@ -13,7 +13,7 @@ from small_job import SMALL_JOB
 from million_cli import cli
 from million_cli.cli import quote
 from million_cli.hydra_app import compose, split_arguments
-from million_cli.results import read_rows
+from million_cli.tables import read_results, records
 
 torch.set_num_threads(1)
 
@@ -88,7 +88,7 @@ def test_eval_with_own_options(million, shared_out):
     code, stdout, _ = million("eval", *SMALL, *SHORT, *options)
     assert code == 0
     assert "KL e-3" in stdout
-    row = read_rows(shared_out / "results.csv")[1][-1]
+    row = records(read_results(shared_out / "results.csv"))[-1]
     assert row["status"] == "ok"
     assert row["verb"] == "eval"
     assert row["command"].startswith("million eval model=tiny-random data=synthetic")
@@ -108,17 +108,19 @@ def test_paged_passkey(million, shared_out):
     recall = ["task=passkey", "task.lengths=[200]", "task.depths=[0.5]", "task.samples=2"]
     code, stdout, _ = million("eval", "--paged", *recall, *SMALL)
     assert code == 0
-    row = read_rows(shared_out / "results.csv")[1][-1]
+    row = records(read_results(shared_out / "results.csv"))[-1]
     assert (row["recall_n"], row["config.cache.kind"]) == ("2", "paged")
     assert "recall %" in stdout
 
 
 def test_a_sweep_over_quantizers_gives_a_row_each(million, shared_out):
     sweep = ["--multirun", "quantizer=million-paper,pq-4bit,pq-2bit"]
-    before = len(read_rows(shared_out / "results.csv")[1]) if (shared_out / "results.csv").exists() else 0
+    before = (
+        len(records(read_results(shared_out / "results.csv"))) if (shared_out / "results.csv").exists() else 0
+    )
     code, stdout, _ = million("run", *SMALL, *sweep, *SHORT)
     assert code == 0
-    rows = read_rows(shared_out / "results.csv")[1][before:]
+    rows = records(read_results(shared_out / "results.csv"))[before:]
     assert [row["config.quantizer.name"] for row in rows] == ["million-paper", "pq-4bit", "pq-2bit"]
     assert len({row["run"] for row in rows}) == 1
     assert all(name in stdout for name in ("million-paper", "pq-4bit", "pq-2bit"))
@@ -127,7 +129,7 @@ def test_a_sweep_over_quantizers_gives_a_row_each(million, shared_out):
 def test_one_refused_job_does_not_stop_a_sweep(million, shared_out):
     code, stdout, stderr = million("eval", *SMALL, *SHORT, "--multirun", "cache.page_size=24,64")
     assert code == 2
-    run = read_rows(shared_out / "results.csv")[1][-2:]
+    run = records(read_results(shared_out / "results.csv"))[-2:]
     assert [row["status"] for row in run] == ["refused", "ok"]
     assert run[0]["error"].startswith("page_size=24: accepted are multiples of 16")
     assert "million: page_size=24: accepted are multiples of 16 from 16 to 256" in stderr
@@ -138,7 +140,7 @@ def test_one_refused_job_does_not_stop_a_sweep(million, shared_out):
 def test_launchers_keep_records_too(million, tmp_path):
     launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "--multirun", "cache=dense,paged"]
     assert million("eval", *SMALL, *SHORT, *launcher, out=tmp_path)[0] == 0
-    assert sorted(row["config.cache.kind"] for row in read_rows(tmp_path / "results.csv")[1]) == [
+    assert sorted(row["config.cache.kind"] for row in records(read_results(tmp_path / "results.csv"))) == [
         "dense",
         "paged",
     ]
@@ -147,7 +149,7 @@ def test_launchers_keep_records_too(million, tmp_path):
 def test_sample_then_train_then_generate(million, shared_out, tmp_path):
     assert million("sample", *SMALL)[0] == 0
     assert million("train-codebook", *SMALL)[0] == 0
-    rows = read_rows(shared_out / "results.csv")[1]
+    rows = records(read_results(shared_out / "results.csv"))
     assert [row["verb"] for row in rows[-2:]] == ["sample", "train-codebook"]
     code, stdout, stderr = million("generate", "Some words to go on from", *SMALL, "--paged", "--tokens", "5")
     assert code == 0
@@ -258,7 +260,7 @@ def test_our_own_mistake_is_a_traceback_exit_code_1_and_a_record(million, tmp_pa
     code, _, stderr = million("eval", *SMALL, out=tmp_path / "o")
     assert code == 1
     assert any("Traceback" in line for line in stderr)
-    (row,) = read_rows(tmp_path / "o" / "results.csv")[1]
+    (row,) = records(read_results(tmp_path / "o" / "results.csv"))
     assert row["status"] == "failed"
     assert "ZeroDivisionError: our mistake" in row["error"]
     assert row["config.model.name"] == "tiny-random"

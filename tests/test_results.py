@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import errno
 import json
-import os
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import pytest
-from examples import examples
-from hypothesis import given
-from hypothesis import strategies as st
 
-from million_cli import files, results
+from million_cli import results
 from million_cli.errors import UserError
-from million_cli.results import (
-    Provenance,
-    Record,
-    append_row,
-    flatten,
-    git_commit,
-    merge_columns,
-    now,
-    read_rows,
-    version,
-)
+from million_cli.results import Provenance, Record, flatten, git_commit, now, version
+from million_cli.tables import read_results, records
 
 HERE = Provenance("million eval", "abc", "host", "3.11", "0.1.0", "2.13", "5.23", "cpu", "float32")
 
@@ -42,8 +25,10 @@ def record(**fields):
 
 def test_a_row_holds_everything(tmp_path):
     path = record(metrics={"kl_e3": 1.25, "tokens": 7}, fallbacks=["a", "b"]).save(tmp_path)
-    columns, (row,) = read_rows(path)
-    assert columns[:5] == ["run", "verb", "status", "started", "duration_s"]
+    table = read_results(path)
+    (row,) = records(table)
+    assert list(table)[:7] == ["kind", "schema", "run", "verb", "status", "started", "duration_s"]
+    assert (row["kind"], row["schema"]) == ("job", "1")
     assert (row["kl_e3"], row["tokens"], row["fallbacks"]) == ("1.25", "7", "a; b")
     assert (row["config.seed"], row["config.cache.kind"]) == ("0", "paged")
     assert (row["commit"], row["device"], row["error"]) == ("abc", "cpu", "")
@@ -54,98 +39,13 @@ def test_a_row_holds_everything(tmp_path):
 def test_a_traceback_survives_the_csv(tmp_path):
     error = 'Traceback (most recent call last):\n  File "a.py", line 1\nValueError: "quoted", comma\n'
     path = record(status="failed", error=error).save(tmp_path)
-    assert read_rows(path)[1][0]["error"] == error
-
-
-def test_columns_grow_where_they_belong(tmp_path):
-    table = tmp_path / "results.csv"
-    append_row(table, {"run": "1", "kl": 1.0, "error": "", "config.a": 1})
-    append_row(table, {"run": "2", "kl": 2.0, "recall": 0.5, "error": "", "config.a": 1, "config.b": 2})
-    columns, rows = read_rows(table)
-    assert columns == ["run", "kl", "recall", "error", "config.a", "config.b"]
-    assert [row["recall"] for row in rows] == ["", "0.5"]
-
-
-names = st.lists(st.sampled_from("abcdefgh"), unique=True)
-
-
-@given(names, names)
-def test_merging_columns_keeps_the_old_order_and_loses_none(old, new):
-    merged = merge_columns(old, new)
-    assert [name for name in merged if name in old] == old
-    assert sorted(merged) == sorted(set(old) | set(new))
-
-
-cells = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text("ab ,;\"'\n=é世")
-)
-
-
-@examples(40)
-@given(rows=st.lists(st.dictionaries(st.sampled_from(["run", "a", "b", "c"]), cells), min_size=1, max_size=4))
-def test_what_is_appended_is_read_back(tmp_path_factory, rows):
-    table = tmp_path_factory.mktemp("t") / "results.csv"
-    for row in rows:
-        append_row(table, {"run": "x", **row})
-    _, found = read_rows(table)
-    for row, back in zip(rows, found, strict=True):
-        for name, value in row.items():
-            if isinstance(value, float):
-                assert float(back[name]) == value
-            else:
-                assert back[name] == ("" if value is None else str(value))
-
-
-def _append_many(arguments):
-    path, worker = arguments
-    for i in range(10):
-        append_row(Path(path), {"run": f"{worker}-{i}", f"column_{worker}": i})
-
-
-def test_two_processes_at_once_lose_nothing(tmp_path):
-    table = tmp_path / "results.csv"
-    with ProcessPoolExecutor(2) as pool:
-        list(pool.map(_append_many, [(str(table), 0), (str(table), 1)]))
-    columns, rows = read_rows(table)
-    assert {row["run"] for row in rows} == {f"{worker}-{i}" for worker in range(2) for i in range(10)}
-    assert len(rows) == 20
-    assert {"column_0", "column_1"} <= set(columns)
-
-
-def test_a_full_disk_loses_no_earlier_row(tmp_path, monkeypatch):
-    table = tmp_path / "results.csv"
-    append_row(table, {"run": "1"})
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(files.os, "fsync", full)
-        with pytest.raises(UserError, match=r"cannot write .*results\.csv: No space left on device"):
-            append_row(table, {"run": "2"})
-    assert [row["run"] for row in read_rows(table)[1]] == ["1"]
-    assert [p.name for p in tmp_path.iterdir() if not p.name.endswith(".lock")] == ["results.csv"]
-    append_row(table, {"run": "3"})
-    assert [row["run"] for row in read_rows(table)[1]] == ["1", "3"]
+    assert read_results(path)["error"].tolist() == [error]
 
 
 def test_a_folder_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         record().save(tmp_path / "file")
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"a,b\n1,2\n", b"run,a\n1,2,3\n", b"run,a\n1\n", b"\xff\xfe\x00", b"PK\x03\x04"]
-)
-def test_other_files_are_not_taken_for_results(tmp_path, content):
-    path = tmp_path / "x.csv"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match="is not a results CSV"):
-        read_rows(path)
-    with pytest.raises(UserError, match="is not a results CSV"):
-        append_row(path, {"run": "1"})
-    assert path.read_bytes() == content
 
 
 def test_flatten():
@@ -206,8 +106,7 @@ def test_versions_are_found_without_importing():
     assert version("no-such-package") == "not installed"
 
 
-def test_cells_of_a_record_are_what_csv_readers_expect(tmp_path):
+def test_cells_of_a_record_are_text_that_reads_back(tmp_path):
     path = record(metrics={"flag": True, "nothing": None, "third": 1 / 3}).save(tmp_path)
-    with path.open(newline="") as handle:
-        row = next(csv.DictReader(handle))
+    (row,) = records(read_results(path))
     assert (row["flag"], row["nothing"], float(row["third"])) == ("True", "", 1 / 3)

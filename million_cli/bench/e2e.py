@@ -31,7 +31,8 @@ from million_cli.pipelines.config import JobConfig, typed
 from million_cli.pipelines.session import Session
 from million_cli.pq.codebook import Codebook
 from million_cli.progress import progress
-from million_cli.results import CHECKOUT, Scalar, git_commit, now, version, write_rows
+from million_cli.results import CHECKOUT, git_commit, now, version
+from million_cli.tables import Scalar, write_table
 
 logger = logging.getLogger("million")
 Row = dict[str, Scalar]
@@ -107,7 +108,8 @@ class Bench:
             for case in self.cases:
                 for row in self._case(case):
                     rows.append(row)
-                    write_rows(self.csv, [{column: row.get(column) for column in COLUMNS} for row in rows])
+                    table = [{column: row.get(column) for column in COLUMNS} for row in rows]
+                    write_table(self.csv, table, "e2e")
                     bar.update()
         return rows
 

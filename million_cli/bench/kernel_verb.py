@@ -9,12 +9,12 @@ import torch
 
 from million_cli.bench.kernels import Config, as_frame, bench, short_table
 from million_cli.errors import UserError
-from million_cli.files import write_text
 from million_cli.ops import compiled
 from million_cli.pipelines import Result
 from million_cli.pipelines.config import JobConfig, typed
 from million_cli.progress import progress
 from million_cli.results import now
+from million_cli.tables import write_table
 
 
 def run_kernel_bench(config: JobConfig) -> list[Result]:
@@ -33,7 +33,7 @@ def run_kernel_bench(config: JobConfig) -> list[Result]:
     with torch.inference_mode(), progress(cases, "measuring kernels", "case") as bar:
         table = as_frame(list(bench(task, bar.update)))
     path = Path(config.out) / "tables" / f"kernel-{now().replace(':', '').replace('+0000', 'Z')}.csv"
-    write_text(path, table.to_csv(index=False))
+    write_table(path, table, "kernel")
     print(short_table(table))
     print(f"kernel table: {path}")
     ours = table[table["impl"] == "million paged"]

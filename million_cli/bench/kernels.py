@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -23,6 +24,7 @@ from million_cli.errors import UserError
 from million_cli.ops import compiled
 from million_cli.ops.fragment import FragmentLayout
 from million_cli.spec import CodeSpec, WindowSpec
+from million_cli.tables import write_table
 
 COLUMNS = (
     "gpu", "impl", "dtype", "batch", "q_heads", "kv_heads", "head_dim", "context", "m_keys", "m_values",
@@ -409,5 +411,5 @@ def short_table(frame: pd.DataFrame) -> str:
 
 if __name__ == "__main__":
     table = as_frame(list(bench(Config())))
-    table.to_csv(sys.argv[1], index=False)
+    write_table(Path(sys.argv[1]), table, "kernel")
     print(short_table(table))

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from million_cli.bench.cases import Case, time_steps
 from million_cli.bench.stages import STAGES, Kernel, Share, breakdown, shares, split_steps
 from million_cli.pipelines.plots import plot_stages
-from million_cli.results import Scalar, write_rows
+from million_cli.tables import Scalar, write_table
 
 if TYPE_CHECKING:
     from million_cli.bench.e2e import Bench, Row
@@ -41,16 +41,14 @@ def breakdown_rows(bench: Bench, model: PreTrainedModel, case: Case, impls: list
             {"stage": stage, **{f"{impl}_us": round(us[stage], 2) for impl, us in stages.items()}, **origin}
             for stage in STAGES
         ]
-        write_rows(path, table)
+        write_table(path, table, "breakdown")
         kernels = path.with_name(f"{name}-kernels.csv")
-        write_rows(
-            kernels,
-            [
-                {"impl": impl, **row._asdict(), "us": round(row.us, 2)}
-                for impl, of_impl in found.items()
-                for row in of_impl
-            ],
-        )
+        launched = [
+            {"impl": impl, **row._asdict(), "us": round(row.us, 2)}
+            for impl, of_impl in found.items()
+            for row in of_impl
+        ]
+        write_table(kernels, launched, "breakdown_kernels")
         title = f"{case.model or 'model'}, {case.context} tokens, batch {case.batch}"
         bars = {
             impl: {stage: us / 1e3 for stage, us in of_impl.items() if any(s[stage] for s in stages.values())}

@@ -8,11 +8,11 @@ from typing import Any
 from million_cli.pipelines import Result
 from million_cli.pipelines.caches import Caches
 from million_cli.pipelines.config import JobConfig, typed
-from million_cli.pipelines.evaluate import write_table
 from million_cli.pipelines.plots import plot_breakdown
 from million_cli.pipelines.session import Session
 from million_cli.registry import BENCHES
-from million_cli.results import Scalar, now
+from million_cli.results import now
+from million_cli.tables import Scalar, write_table
 
 
 def run_bench(config: JobConfig) -> list[Result]:
@@ -46,7 +46,8 @@ def bench(session: Session, caches: Caches) -> Result:
     folder, stamp = Path(config.out) / "tables", now().replace(":", "").replace("+0000", "Z")
     for name, rows in measured.tables.items():
         path = folder / f"{name}-{config.cache.kind}-{config.quantizer.name}-{stamp}.csv"
-        metrics[f"{name}_table"] = write_table(path, rows)
+        write_table(path, rows, name)
+        metrics[f"{name}_table"] = str(path)
         if name == "breakdown":
             plot = plot_breakdown(rows, path.with_suffix(".png"), config.model.name, config.cache.kind)
             metrics["breakdown_plot"] = str(plot) if plot else None

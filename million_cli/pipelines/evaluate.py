@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,8 @@ from million_cli.pipelines.session import Session
 from million_cli.pipelines.stages import code_digest, locked, stage_key
 from million_cli.pipelines.train_codebook import codebook_metrics
 from million_cli.registry import TASKS
-from million_cli.results import Scalar, now, write_rows
+from million_cli.results import now
+from million_cli.tables import Scalar, write_table
 from million_cli.tasks.base import check_finite, finite_logits
 from million_cli.text import Text, TextConfig
 
@@ -147,7 +147,8 @@ def _measured(session: Session, caches: Caches, task: Any, text: Any) -> dict[st
         files: dict[str, str] = {}
         for name, rows in result.tables.items():
             place = path.with_name(f"{path.stem}-{name}.csv")
-            files[f"{name}_table"] = write_table(place, rows)
+            write_table(place, rows, name)
+            files[f"{name}_table"] = str(place)
             if plot := plot_table(name, rows, place.with_suffix(".png"), config.quantizer.name):
                 files[f"{name}_plot"] = str(plot)
         found = {
@@ -168,9 +169,3 @@ def _journals(path: Path, cache: dict[str, Any], dense: dict[str, Any], fresh: b
     files = [path.with_name(f"{task}-answers-{stage_key(what)}.jsonl") for what in (cache, dense)]
     made = {file: Journal(file, fresh) for file in files}
     return Journals(*(made[file] for file in files))
-
-
-def write_table(path: Path, rows: list[Mapping[str, Scalar]]) -> str:
-    """A task's own table as CSV; gives its path as text."""
-    write_rows(path, rows)
-    return str(path)

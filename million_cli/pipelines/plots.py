@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from million_cli.report import breakdown, positions, quality, recall, sources, style
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 logger = logging.getLogger("million")
 
@@ -28,11 +31,11 @@ def plot_table(name: str, rows: Sequence[Mapping[str, Any]], path: Path, quantiz
     return path
 
 
-def plot_quality(rows: Sequence[Mapping[str, str]], path: Path) -> Path | None:
+def plot_quality(rows: pd.DataFrame, path: Path) -> Path | None:
     """Quality and memory against bits, of the model and text that most of the jobs are about.
 
     Args:
-        rows: of a results CSV.
+        rows: jobs, of a results CSV.
 
     Returns:
         `path`, or None without matplotlib or without a row that was evaluated.

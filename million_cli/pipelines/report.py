@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from million_cli.errors import UserError
 from million_cli.pipelines.config import JobConfig, check
@@ -24,22 +25,17 @@ from million_cli.report import (
     speed,
     style,
 )
-from million_cli.report.exhibit import Exhibit
+from million_cli.report.exhibit import Column, Exhibit, number
 from million_cli.report.page import write
-from million_cli.results import read_rows
+from million_cli.tables import records
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 logger = logging.getLogger("million")
 
 Row = Mapping[str, str]
 
-
-def number(form: str, factor: float = 1.0) -> Callable[[str], str]:
-    """Formats a cell's number, scaled by `factor`."""
-    return lambda cell: format(float(cell) * factor, form)
-
-
-Column = tuple[str, str, Callable[[str], str]]
-"""Column of the CSV, heading, format."""
 
 WHAT: tuple[Column, ...] = (
     ("verb", "verb", str),
@@ -93,7 +89,7 @@ TRAINING: tuple[Column, ...] = (
 FAILED: tuple[Column, ...] = (
     *WHAT,
     ("status", "status", str),
-    ("error", "why", lambda cell: cell.splitlines()[-1]),
+    ("error", "why", lambda cell: (cell.strip().splitlines() or [""])[-1]),
 )
 
 
@@ -127,10 +123,8 @@ def report(config: JobConfig) -> None:
     named = bool(settings.files or settings.codebooks)
     run = settings.run or ("all" if named else "latest")
     data = sources.read([Path(file) for file in settings.files] if named else [own], run)
-    for name, kind, _ in data.files:
-        if kind == "jobs":
-            _, rows = read_rows(Path(name))
-            show([row for row in rows if run == "all" or row["run"] == rows[-1]["run"]], Path(name))
+    for path, jobs in data.jobs.items():
+        show(jobs, path)
     if not settings.page:
         return
     found = exhibits(data, [Path(file) for file in settings.codebooks])
@@ -162,8 +156,9 @@ def exhibits(data: sources.Data, codebooks: Sequence[Path]) -> list[Exhibit]:
     ]
 
 
-def show(rows: Sequence[Row], path: Path, plot: bool = False) -> None:
-    """Print rows of the CSV at `path`, its place, and with `plot` where the plot went."""
+def show(jobs: pd.DataFrame, path: Path, plot: bool = False) -> None:
+    """Print jobs of the CSV at `path`, its place, and with `plot` where the plot went."""
+    rows = records(jobs)
     groups: dict[tuple[Column, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(columns_for(row), []).append(row)
@@ -171,14 +166,14 @@ def show(rows: Sequence[Row], path: Path, plot: bool = False) -> None:
         print(table(members, columns), end="\n\n")
     for row in rows:
         if row.get("fallbacks"):
-            print(f"fallbacks ({row['config.cache.kind']}): {row['fallbacks']}")
+            print(f"fallbacks ({row.get('config.cache.kind', '')}): {row['fallbacks']}")
     for column in FILES:
         files = dict.fromkeys(Path(row[column]) for row in rows if row.get(column))
         places = files if len(files) == 1 else dict.fromkeys(file.parent for file in files)
         for place in places:
             print(f"{column.replace('_', ' ')}: {place}")
     print(f"results: {path}")
-    drawn = plot_quality(rows, path.with_suffix(".png")) if plot else None
+    drawn = plot_quality(jobs, path.with_suffix(".png")) if plot else None
     if drawn:
         print(f"plot: {drawn}")
 

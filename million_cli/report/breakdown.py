@@ -36,6 +36,7 @@ def exhibits(rows: Sequence[Row]) -> list[Exhibit]:
         found.append(
             Exhibit(
                 section="Time of a decode step by stage",
+                kind="breakdown",
                 name=slug("breakdown", model, context, batch and f"batch-{batch}"),
                 title=title,
                 words="Mean milliseconds of each stage of a decode step; the stages of a bar add up to it.",

@@ -69,6 +69,7 @@ def exhibit(path: Path) -> Exhibit:
 
     return Exhibit(
         section="Error of codebooks",
+        kind="codebook",
         name=slug("codebook", path.stem),
         title=path.name,
         words=(

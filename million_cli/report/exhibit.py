@@ -36,6 +36,7 @@ class Exhibit:
 
     Attributes:
         section: heading that it stands under.
+        kind: of its rows in the CSV beside the picture (see `kinds`).
         name: of its files, without suffix.
         words: a sentence or two on what it shows and how to read it.
         alt: what the picture shows, for who cannot see it.
@@ -45,6 +46,7 @@ class Exhibit:
     """
 
     section: str
+    kind: str
     name: str
     title: str
     words: str

@@ -23,6 +23,7 @@ def exhibits(rows: Sequence[Row]) -> list[Exhibit]:
     return [
         Exhibit(
             section="Jobs that did not finish",
+            kind="failures",
             name="failures",
             title=f"{len(rows)} of them",
             words="",

@@ -25,7 +25,7 @@ def exhibits(rows: Sequence[Row]) -> list[Exhibit]:
     """One a GPU, of time and of speed-up together."""
     found = []
     for (device,), members in by(rows, "device").items():
-        cases = [row for row in members if row.get("q_heads") and row.get("ratio_to_best_dense")]
+        cases = [row for row in members if _is_timed(row)]
         for row in cases:
             row["case"] = case(row)
             row["series"] = series(row)
@@ -37,6 +37,7 @@ def exhibits(rows: Sequence[Row]) -> list[Exhibit]:
         found.append(
             Exhibit(
                 section="Speed against context",
+                kind="kernel",
                 name=slug("kernels", device),
                 title=f"Attention kernels alone, {device}",
                 words=(
@@ -57,6 +58,14 @@ def exhibits(rows: Sequence[Row]) -> list[Exhibit]:
             )
         )
     return found
+
+
+def _is_timed(row: Row) -> bool:
+    """Whether a row is of decode attention and has all that its place in the figure needs."""
+    needed = ["q_heads", "kv_heads", "head_dim", "context", "median_us", "ratio_to_best_dense"]
+    if row.get("m_keys") or row.get("m_values"):
+        needed += ["m_keys", "m_values"]
+    return all(row.get(key) for key in needed)
 
 
 def case(row: Row) -> str:

@@ -10,7 +10,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from million_cli.files import write_text
 from million_cli.report import style
 from million_cli.report.exhibit import Exhibit, Grid, slug
-from million_cli.results import git_commit, now, version, write_rows
+from million_cli.results import git_commit, now, version
+from million_cli.tables import write_table
 
 TITLE = "Quantized KV caches: what they cost and what they give"
 
@@ -35,7 +36,7 @@ def write(
             figure = style.draw(exhibit.paint, *exhibit.size)
             style.save_png(figure, folder / f"{exhibit.name}.png")
             exhibit.image = style.svg_uri(figure)
-        write_rows(folder / f"{exhibit.name}.csv", exhibit.data)
+        write_table(folder / f"{exhibit.name}.csv", exhibit.data, exhibit.kind)
     path = folder / "index.html"
     write_text(path, render(exhibits, files, command))
     return path

@@ -40,6 +40,7 @@ def exhibits(rows: Sequence[Row]) -> list[Exhibit]:
         found.append(
             Exhibit(
                 section="Loss by position in the context",
+                kind="positions",
                 name=slug("positions", model, text),
                 title=where,
                 words=(
@@ -63,7 +64,7 @@ def _lines(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Label -> its buckets in order, of the latest measurement."""
     lines: dict[str, dict[int, Row]] = {}
     for row in rows:
-        lines.setdefault(row["label"], {})[int(row["first"])] = row
+        lines.setdefault(row["label"], {})[int(float(row["first"]))] = row
     return {label: [line[first] for first in sorted(line)] for label, line in lines.items()}
 
 

@@ -39,7 +39,7 @@ def exhibits(rows: Sequence[Row]) -> list[Exhibit]:
         chosen = sorted(
             latest.values(), key=lambda row: (float(row["bits"]), to_float(row.get("kl_e3")) or 0.0)
         )
-        if not chosen:
+        if not panels(chosen):
             continue
         coded = [row for row in chosen if to_float(row.get("kl_e3"))]
         best = ", ".join(f"{row['label']} at {float(row['bits']):.2g} bits" for row in front(coded, "kl_e3"))
@@ -48,6 +48,7 @@ def exhibits(rows: Sequence[Row]) -> list[Exhibit]:
         found.append(
             Exhibit(
                 section="Quality against bits",
+                kind="quality",
                 name=slug("quality", model, text, context),
                 title=f"{where}{window}",
                 words=(
@@ -69,12 +70,17 @@ def exhibits(rows: Sequence[Row]) -> list[Exhibit]:
 
 
 def panels(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """Panels that enough of the rows can fill; the first one always."""
+    """Panels that a third of the rows can fill, the dense cache's aside where there are others."""
+    rows = _coded(rows)
     return [
         (key, name)
         for key, name in PANELS
         if 3 * sum(to_float(row.get(key)) is not None for row in rows) >= max(1, len(rows))
     ]
+
+
+def _coded(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row["label"] != "dense"] or list(rows)
 
 
 def front(rows: Sequence[Row], key: str) -> list[Row]:
@@ -91,7 +97,7 @@ def paint(figure: Any, rows: Sequence[Row]) -> None:
     """Panels of points, a colour and marker a label, with the front where lower is better."""
     shown = panels(rows)
     columns = min(2, len(shown))
-    coded = [row for row in rows if row["label"] != "dense"] or list(rows)
+    coded = _coded(rows)
     handles: dict[str, Any] = {}
     for index, (key, name) in enumerate(shown):
         axes = figure.add_subplot(-(-len(shown) // columns), columns, index + 1)

@@ -48,6 +48,7 @@ def exhibits(rows: Sequence[Row]) -> list[Exhibit]:
         found.append(
             Exhibit(
                 section="Recall by depth and length",
+                kind="passkey",
                 name=slug("recall", model, text, facts and f"{facts}-facts"),
                 title=where,
                 words=(
@@ -99,7 +100,7 @@ def heat_maps(cells: dict[str, list[Row]]) -> dict[str, Map]:
     for label, rows in cells.items():
         own = maps.setdefault(label or "cache", {})
         for row in rows:
-            place = (int(row["length"]), float(row["depth"]))
+            place = (int(float(row["length"])), float(row["depth"]))
             own[place] = float(row["recall"])
             maps["dense"][place] = float(row["recall_dense"])
     return maps

@@ -25,8 +25,12 @@ def exhibits(rows: Sequence[Row]) -> list[Exhibit]:
         labels = list(dict.fromkeys(row["label"] for row in members))
         latest = {(row["task"], row["label"]): row for row in members}
         averages = [
-            average(label, [row for row in latest.values() if row["label"] == label]) for label in labels
+            mean
+            for label in labels
+            if (mean := average(label, [row for row in latest.values() if row["label"] == label]))
         ]
+        if not averages:
+            continue
         said = join([f"{row['label'] or 'the cache'} {float(row['score']):.2f}" for row in averages])
         dense = float(averages[0]["dense"])
         columns: list[Column] = [
@@ -36,17 +40,20 @@ def exhibits(rows: Sequence[Row]) -> list[Exhibit]:
         ]
         lines = []
         for (task,), group in tasks.items():
-            scores = {label: latest[task, label]["score"] for label in labels if (task, label) in latest}
-            lines.append({"task": task, "dense": group[-1]["dense"], **scores})
+            scores = {
+                label: latest[task, label].get("score", "") for label in labels if (task, label) in latest
+            }
+            lines.append({"task": task, "dense": group[-1].get("dense", ""), **scores})
         found.append(
             Exhibit(
                 section="Scores of tasks",
+                kind="scores",
                 name=slug(suite, model),
                 title=f"{suite}, {model}",
                 words=f"The mean over tasks, as {suite} defines each score; dashed is the dense cache.",
                 alt=f"Bars of the average score of {suite} on {model}: dense {dense:.2f}, {said}.",
                 paint=lambda figure, averages=averages: paint(figure, averages),  # type: ignore[misc]
-                size=(7.0, 1.4 + 0.34 * len(labels)),
+                size=(7.0, 1.4 + 0.34 * len(averages)),
                 table=grid(averages, AVERAGES),
                 data=members,
                 origin=origin(members),
@@ -56,11 +63,12 @@ def exhibits(rows: Sequence[Row]) -> list[Exhibit]:
     return found
 
 
-def average(label: str, rows: Sequence[Row]) -> Row:
-    """The suite's own average of one quantizer, or the mean over the tasks in its table."""
-    own = [row for row in rows if row["task"] == "average"] or [
-        row for row in rows if to_float(row["score"]) is not None
-    ]
+def average(label: str, rows: Sequence[Row]) -> Row | None:
+    """The suite's own average of one quantizer, or the mean over the tasks in its table that have scores."""
+    scored = [row for row in rows if None not in (to_float(row.get("score")), to_float(row.get("dense")))]
+    own = [row for row in scored if row["task"] == "average"] or scored
+    if not own:
+        return None
     means = {key: repr(sum(float(row[key]) for row in own) / len(own)) for key in ("score", "dense")}
     return {"label": label, "bits": own[0].get("bits", ""), **means}
 

@@ -36,7 +36,7 @@ def exhibits(rows: Sequence[Row]) -> list[Exhibit]:
         lines = {name: list(group) for (name,), group in by(list(latest.values()), "name").items()}
         for line in lines.values():
             line.sort(key=lambda row: float(row["context"]))
-        timed = [row for row in latest.values() if to_float(row["tpot_ms"]) is not None]
+        timed = [row for row in latest.values() if to_float(row.get("tpot_ms")) is not None]
         if not timed:
             continue
         longest = max(float(row["context"]) for row in timed)
@@ -50,6 +50,7 @@ def exhibits(rows: Sequence[Row]) -> list[Exhibit]:
         found.append(
             Exhibit(
                 section="Speed against context",
+                kind="speed",
                 name=slug("speed", model, batch and f"batch-{batch}"),
                 title=title,
                 words=(
@@ -83,12 +84,15 @@ def largest(rows: Sequence[Row]) -> list[Exhibit]:
     """One a context: how many sequences fit into the memory of the GPU, a bar a model and implementation."""
     found = []
     for (context,), members in by(rows, "context").items():
-        bars = {f"{row['model']}, {row['impl']}": to_float(row["largest_batch"]) or 0.0 for row in members}
+        bars = {
+            f"{row['model']}, {row['impl']}": to_float(row.get("largest_batch")) or 0.0 for row in members
+        }
         title = f"sequences of {tokens(float(context))} tokens that fit"
         said = join([f"{name} {count:.0f}" for name, count in bars.items()])
         found.append(
             Exhibit(
                 section="Largest batch",
+                kind="largest",
                 name=slug("largest-batch", tokens(float(context))),
                 title=title,
                 words="Sequences that fit into the GPU's memory beside the model and can take a step.",
@@ -123,7 +127,7 @@ def paint_lines(figure: Any, lines: dict[str, list[Row]]) -> None:
     axes = figure.add_subplot()
     contexts: set[float] = set()
     for index, (name, line) in enumerate(lines.items()):
-        points = [(float(r["context"]), ms) for r in line if (ms := to_float(r["tpot_ms"])) is not None]
+        points = [(float(r["context"]), ms) for r in line if (ms := to_float(r.get("tpot_ms"))) is not None]
         if not points:
             continue
         contexts |= {context for context, _ in points}
@@ -140,7 +144,9 @@ def paint_lines(figure: Any, lines: dict[str, list[Row]]) -> None:
 def paint_bars(figure: Any, lines: dict[str, list[Row]]) -> None:
     """One context: a bar an implementation."""
     axes = figure.add_subplot()
-    named = [(name, ms) for name, line in lines.items() if (ms := to_float(line[-1]["tpot_ms"])) is not None]
+    named = [
+        (name, ms) for name, line in lines.items() if (ms := to_float(line[-1].get("tpot_ms"))) is not None
+    ]
     bars = axes.barh([n for n, _ in named], [ms for _, ms in named], color=look(0)["color"], height=0.62)
     axes.bar_label(bars, fmt="%.2f", padding=3)
     axes.invert_yaxis()

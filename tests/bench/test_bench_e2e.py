@@ -45,7 +45,7 @@ def _plain_calls(monkeypatch):
 def test_rows_of_all_caches(tmp_path):
     impls = [*IMPLS, "transformers-static", "paged-3bit", "paged-2bit", "contiguous-4bit", "paged-4bit-mixed"]
     rows = bench(tmp_path, case(impls)).run()
-    assert read(tmp_path / "e2e.csv")[0].keys() == set(COLUMNS)
+    assert read(tmp_path / "e2e.csv")[0].keys() == {"kind", "schema", *COLUMNS}
     assert [(row["impl"], row["status"]) for row in rows] == [(impl, "ok") for impl in impls]
     found = {row["impl"]: row for row in rows}
     for row in rows:

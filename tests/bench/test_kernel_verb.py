@@ -39,7 +39,7 @@ def test_rows_become_a_csv_and_a_short_table(tmp_path, monkeypatch, capsys):
     assert result.metrics["kernel_rows"] == 3
     with open(result.metrics["kernel_table"]) as handle:
         rows = list(csv.DictReader(handle))
-    assert tuple(rows[0]) == COLUMNS
+    assert tuple(rows[0]) == ("kind", "schema", *COLUMNS)
     assert [row["impl"] for row in rows] == ["read bandwidth", "sdpa flash", "million paged"]
     assert rows[2]["batch"] == "1"
     shown = capsys.readouterr().out

@@ -1,6 +1,5 @@
 """A change of the kernels lands only with a fresh record of the GPU suite (scripts/gpu_suite.sh results)."""
 
-import csv
 import json
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 
 from million_cli.bench.kernels import COLUMNS
 from million_cli.ops.build import suite_digest
+from million_cli.tables import read_table
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 RECORDS = sorted(RESULTS.glob("*/suite.json"))
@@ -30,8 +30,8 @@ def test_the_record_is_of_this_tree_and_clean(path: Path) -> None:
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.parent.name)
 def test_the_figures_lie_beside_it(path: Path) -> None:
-    with path.with_name("kernel.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert tuple(rows[0]) == COLUMNS
-    assert {"sdpa flash", "sdpa cudnn", "million paged", "million lookup"} <= {row["impl"] for row in rows}
-    assert all(row["gpu"] == json.loads(path.read_text())["gpu"] for row in rows)
+    table = read_table(path.with_name("kernel.csv"))
+    assert tuple(table) == ("kind", "schema", *COLUMNS)
+    assert set(table["kind"]) == {"kernel"}
+    assert {"sdpa flash", "sdpa cudnn", "million paged", "million lookup"} <= set(table["impl"])
+    assert set(table["gpu"]) == {json.loads(path.read_text())["gpu"]}

@@ -10,7 +10,7 @@ from million_cli.pipelines import report as pipeline
 from million_cli.pipelines.plots import plot_breakdown, plot_quality, plot_table
 from million_cli.pipelines.report import columns_for, report, table
 from million_cli.report import style
-from million_cli.results import append_row, read_rows
+from million_cli.tables import append_row, frame_of, read_results
 
 
 def row(run="1", kind="paged", **cells):
@@ -75,7 +75,9 @@ def test_the_table_formats_and_aligns():
 
 def test_only_the_latest_run_is_shown_unless_all_are_asked_for(tmp_path, capsys):
     for run in ("old", "new"):
-        append_row(tmp_path / "results.csv", row(run=run, perplexity={"old": "1.0", "new": "2.0"}[run]))
+        append_row(
+            tmp_path / "results.csv", row(run=run, perplexity={"old": "1.0", "new": "2.0"}[run]), "job"
+        )
     report(compose([f"out={tmp_path}", "report.page=false"]))
     latest = capsys.readouterr().out
     assert "2.000" in latest
@@ -91,7 +93,7 @@ def test_a_failed_row_shows_the_last_line_of_its_error(tmp_path, capsys):
         "kl_e3": "",
         "recall": "",
     }
-    append_row(tmp_path / "r.csv", row(**failed))
+    append_row(tmp_path / "r.csv", row(**failed), "job")
     report(compose([f"report.files=[{tmp_path}/r.csv]", "report.page=false"]))
     assert "ValueError: bad luck" in capsys.readouterr().out
 
@@ -99,14 +101,14 @@ def test_a_failed_row_shows_the_last_line_of_its_error(tmp_path, capsys):
 def test_the_page_and_its_pictures_are_written_under_out(tmp_path, capsys):
     path = tmp_path / "named.csv"
     for run, bits in (("1", "4.0"), ("2", "3.0"), ("3", "2.0")):
-        append_row(path, row(run=run, bits_nominal=bits))
+        append_row(path, row(run=run, bits_nominal=bits), "job")
     report(compose([f"report.files=[{path}]", f"out={tmp_path}"]))
     stdout = capsys.readouterr().out
     assert f"page: {tmp_path}/report/index.html" in stdout
     assert f"Quality against bits: {tmp_path}/report/quality-reference.png" in stdout
     assert (tmp_path / "report" / "quality-reference.png").read_bytes().startswith(b"\x89PNG")
     # Every run of a file that is named; of the job's own results, the latest.
-    assert len(read_rows(path)[1]) == 3
+    assert len(read_results(path)) == 3
     assert (tmp_path / "report" / "quality-reference.csv").read_text().count(
         "\n"
     ) == 2  # one label, the latest
@@ -116,7 +118,7 @@ def test_the_page_and_its_pictures_are_written_under_out(tmp_path, capsys):
 
 
 def test_rows_without_quality_make_no_plot(tmp_path):
-    assert plot_quality([row(kl_e3="", recall="")], tmp_path / "x.png") is None
+    assert plot_quality(frame_of([row(kl_e3="", recall="")], "job"), tmp_path / "x.png") is None
     assert plot_table("longbench", [{"task": "lcc"}], tmp_path / "x.png", "pq") is None
 
 
@@ -132,7 +134,7 @@ def test_jobs_leave_pictures_beside_their_tables(tmp_path):
     }
     stage = {"stage": "MLP", "dense_ms": 1, "cache_ms": 2}
     for path in (
-        plot_quality([row(), row(kind="contiguous", bits_nominal="2")], tmp_path / "q.png"),
+        plot_quality(frame_of([row(), row(kind="contiguous", bits_nominal="2")], "job"), tmp_path / "q.png"),
         plot_table("passkey", [cell], tmp_path / "r.png", "pq"),
         plot_table("positions", [bucket], tmp_path / "p.png", "pq"),
         plot_breakdown([stage], tmp_path / "b.png", "model", "paged"),
@@ -144,8 +146,8 @@ def test_without_matplotlib_there_is_no_plot_and_no_error(tmp_path, monkeypatch,
     monkeypatch.setattr(style, "available", lambda: False)
     stage = {"stage": "MLP", "dense_ms": 1, "cache_ms": 2}
     assert plot_breakdown([stage], tmp_path / "x.png", "m", "paged") is None
-    assert plot_quality([row()], tmp_path / "x.png") is None
-    append_row(tmp_path / "results.csv", row())
+    assert plot_quality(frame_of([row()], "job"), tmp_path / "x.png") is None
+    append_row(tmp_path / "results.csv", row(), "job")
     report(compose([f"out={tmp_path}"]))
     assert "quality-reference.csv" in capsys.readouterr().out
     page = (tmp_path / "report" / "index.html").read_text()
@@ -157,12 +159,10 @@ def test_bad_reports_are_refused(tmp_path):
     with pytest.raises(UserError, match="no results at"):
         report(compose([f"out={tmp_path}"]))
     (tmp_path / "results.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(
-        UserError, match=r"results\.csv: columns a, b are of no known kind; accepted are CSVs of jobs"
-    ):
+    with pytest.raises(UserError, match=r"results\.csv: no column kind, schema; accepted are tables"):
         report(compose([f"out={tmp_path}"]))
     (tmp_path / "results.csv").unlink()
-    append_row(tmp_path / "results.csv", row(kl_e3=""))
+    append_row(tmp_path / "results.csv", row(kl_e3=""), "job")
     with pytest.raises(UserError, match=r"results\.csv: nothing that makes a figure"):
         report(compose([f"out={tmp_path}"]))
     with pytest.raises(UserError, match=r"report\.run=some: accepted are latest, all"):

@@ -14,7 +14,7 @@ from million_cli.hf.models import random_model
 from million_cli.hydra_app import compose
 from million_cli.pipelines.report import report
 from million_cli.pipelines.session import byte_tokenizer
-from million_cli.results import write_rows
+from million_cli.tables import write_table
 from million_cli.text import synthetic_text
 
 # A browser is no Python package; its tests are collected where there is one (.ci/run sees to it).
@@ -48,14 +48,14 @@ def job(quantizer: str, bits: float, kl: float, out: Path, **cells: object) -> d
 
 
 def write_all(folder: Path) -> None:
-    """results.csv with its tables, an accuracy table, kernel times with the suite's record, decode times."""
+    """results.csv with its tables, one of other jobs, kernel times with the suite's record, decode times."""
     tables = folder / "evaluations"
     recall = [
         {"length": n, "depth": d, "facts": 8, "recall": 1 - d / 2, "recall_dense": 1.0, "recall_n": 10}
         for n in (256, 1024)
         for d in (0.0, 1.0)
     ]
-    write_rows(tables / "passkey-1.csv", recall)
+    write_table(tables / "passkey-1.csv", recall, "passkey")
     positions = [
         {
             "first": 16 * i,
@@ -69,19 +69,23 @@ def write_all(folder: Path) -> None:
         }
         for i in range(4)
     ]
-    write_rows(tables / "positions-1.csv", positions)
-    write_rows(
+    write_table(tables / "positions-1.csv", positions, "positions")
+    write_table(
         tables / "longbench-1.csv",
         [{"task": "lcc", "category": "code", "score": 30.0, "dense": 40.0, "samples": 3}],
+        "longbench",
     )
-    write_rows(
+    write_table(
         tables / "lm_eval-1.csv",
         [{"task": "echo", "metric": "exact_match", "filter": "none", "score": 0.5, "dense": 0.75}],
+        "lm_eval",
     )
-    write_rows(
-        tables / "breakdown-1.csv", [{"stage": s, "dense_ms": 1.5, "cache_ms": 1.0} for s in ("MLP", "head")]
+    write_table(
+        tables / "breakdown-1.csv",
+        [{"stage": s, "dense_ms": 1.5, "cache_ms": 1.0} for s in ("MLP", "head")],
+        "breakdown",
     )
-    write_rows(tables / "samples-1.csv", [{"task": "lcc", "id": 1, "prediction": "x"}])
+    write_table(tables / "samples-1.csv", [{"task": "lcc", "id": 1, "prediction": "x"}], "longbench_samples")
     linked = {
         "passkey_table": tables / "passkey-1.csv",
         "positions_table": tables / "positions-1.csv",
@@ -108,17 +112,19 @@ def write_all(folder: Path) -> None:
         job("pq-4bit", 4.0, 1.0, folder, **bench, **times),
         job("pq-4bit", 4.0, 1.0, folder, status="failed", error="Traceback\n  <b>\nValueError: <bad> luck"),
     ]
-    write_rows(folder / "results.csv", [{key: _cell(value) for key, value in row.items()} for row in rows])
-    write_rows(
-        folder / "accuracy.csv",
+    write_table(folder / "results.csv", rows, "job")
+    other = {"config.model.name": "other", "config.task.path": "/texts/like.txt", "context": None}
+    write_table(
+        folder / "other.csv",
         [
-            {"quantizer": "pq", "text": "like", "bits_nominal": 4.0, "kl_e3": kl, "scope": scope, **ORIGIN}
+            job("pq", 4.0, kl, folder, **other, **{"config.quantizer.scope": scope})
             for scope, kl in (("head", 1.0), ("layer", 2.0))
         ],
+        "job",
     )
     shape = {"gpu": "Some GPU", "dtype": "float16", "batch": 1, "q_heads": 32, "kv_heads": 8, "head_dim": 128}
     ours = {"m_keys": 64, "m_values": 64, "layout": "fragment"}
-    write_rows(
+    write_table(
         folder / "gpu" / "kernel.csv",
         [
             {**shape, "impl": impl, "context": n, "median_us": us, "ratio_to_best_dense": ratio, **more}
@@ -128,11 +134,12 @@ def write_all(folder: Path) -> None:
                 ("million paged", n / 300, 3.0, ours),
             )
         ],
+        "kernel",
     )
     (folder / "gpu" / "suite.json").write_text(
         json.dumps({"gpu": "Some GPU", "commit": "f00d", "torch": "2.11.0"})
     )
-    write_rows(
+    write_table(
         folder / "e2e.csv",
         [
             {
@@ -149,11 +156,8 @@ def write_all(folder: Path) -> None:
             for impl, bits, ms in (("dense engine", None, 2.0), ("pq paged", 4, 1.0), ("pq paged", 2, 0.5))
             for oom in (impl == "dense engine" and n == 131072,)
         ],
+        "e2e",
     )
-
-
-def _cell(value: object) -> object:
-    return str(value) if isinstance(value, Path) else value
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,7 @@ def test_quality_compares_only_numbers_of_the_same_tokens(folder):
     found = quality.exhibits([*rows, {**rows[-1], "text": "other"}, {**rows[-1], "context": "128"}])
     titles = [exhibit.title for exhibit in found]
     assert titles == [
-        "accuracy, text: like",
+        "other, text: like.txt",
         "tiny, text: words in windows of 64 tokens",
         "tiny, text: other in windows of 64 tokens",
         "tiny, text: words in windows of 128 tokens",

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from million_cli.hydra_app import compose
 from million_cli.pipelines.report import exhibits, report
 from million_cli.report.sources import read
-from million_cli.results import write_rows
+from million_cli.tables import write_table
 
 VOID = {"meta", "img", "br", "link", "input"}
 
@@ -118,7 +118,7 @@ def test_the_numbers_beside_the_page_make_the_same_figures_again(page, folder):
 def test_figures_of_one_name_are_kept_apart(tmp_path):
     for model in ("a b", "a-b"):
         cell = {"model": model, "length": 1, "depth": 0.5, "recall": 1.0, "recall_dense": 1.0}
-        write_rows(tmp_path / f"{model}.csv", [cell])
+        write_table(tmp_path / f"{model}.csv", [cell], "passkey")
     report(compose([f"report.files=[{tmp_path}]", f"out={tmp_path}/out"]))
     names = {path.name for path in (tmp_path / "out" / "report").glob("*.png")}
     assert names == {"recall-a-b.png", "recall-a-b-2.png"}

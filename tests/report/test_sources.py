@@ -8,19 +8,24 @@ from pathlib import Path
 import pytest
 
 from million_cli.errors import UserError
+from million_cli.pipelines.report import exhibits
 from million_cli.report import speed
-from million_cli.report.sources import KINDS, label, read
-from million_cli.results import write_rows
+from million_cli.report.exhibit import to_float
+from million_cli.report.kinds import KINDS
+from million_cli.report.labels import label
+from million_cli.report.sources import TABLES, read
+from million_cli.report.style import draw
+from million_cli.tables import read_table, write_table
 
 
 def test_a_folder_is_read_whole_and_each_table_once(folder):
     data = read([folder], "all")
     kinds = {name.rsplit("/", 1)[1]: (kind, rows) for name, kind, rows in data.files}
     assert kinds == {
-        "accuracy.csv": ("accuracy", 2),
-        "e2e.csv": ("decode times", 9),
-        "kernel.csv": ("kernel times", 4),
-        "results.csv": ("jobs", 5),
+        "e2e.csv": ("e2e", 9),
+        "kernel.csv": ("kernel", 4),
+        "other.csv": ("job", 2),
+        "results.csv": ("job", 5),
     }
     assert [row["label"] for row in data.quality] == ["pq", "pq, layer", "pq-4bit", "pq-2bit", "worse"]
     assert [(row["length"], row["depth"], row["label"]) for row in data.recall] == [
@@ -69,7 +74,8 @@ def test_a_table_alone_goes_by_the_name_of_its_file(folder):
 
 def test_the_latest_run_of_jobs_or_all(tmp_path):
     path = tmp_path / "r.csv"
-    write_rows(path, [{"run": r, "verb": "eval", "status": "ok", "kl_e3": 1.0} for r in ("a", "b", "b")])
+    rows = [{"run": r, "verb": "eval", "status": "ok", "kl_e3": 1.0} for r in ("a", "b", "b")]
+    write_table(path, rows, "job")
     assert len(read([path], "latest").quality) == 2
     assert len(read([path], "all").quality) == 3
 
@@ -80,7 +86,7 @@ def test_stage_times_in_either_form_are_the_same(tmp_path):
     found = []
     micro = [{"stage": "MLP", "dense_us": 1000.0, "pq_us": 2000.0}]
     for rows in (wide, long, micro):
-        write_rows(tmp_path / "x.csv", rows)
+        write_table(tmp_path / "x.csv", rows, "breakdown")
         data = read([tmp_path / "x.csv"], "all")
         found.append([(row["stage"], row["series"], row["ms"]) for row in data.breakdown])
     assert found[0] == found[1] == found[2] == [("MLP", "dense", "1.0"), ("MLP", "pq", "2.0")]
@@ -96,9 +102,10 @@ def test_rows_of_the_end_to_end_benchmark(tmp_path):
         ("largest", "paged-4bit", "ok", None, 30, ""),
     ]
     names = ("what", "impl", "status", "tpot_ms", "largest_batch", "note")
-    write_rows(tmp_path / "e2e.csv", [{**shared, **dict(zip(names, case, strict=True))} for case in cases])
+    rows = [{**shared, **dict(zip(names, case, strict=True))} for case in cases]
+    write_table(tmp_path / "e2e.csv", rows, "e2e")
     kernels = [{"impl": "paged-4bit", "stage": "MLP", "kernel": "gemm", "launches": 32.0, "us": 9.0}]
-    write_rows(tmp_path / "kernels.csv", kernels)
+    write_table(tmp_path / "kernels.csv", kernels, "breakdown_kernels")
     data = read([tmp_path], "all")
     assert [(row["impl"], row["tpot_ms"], row.get("error", "")) for row in data.speed] == [
         ("paged-4bit", "2.0", ""),
@@ -141,19 +148,19 @@ def test_labels_start_from_the_earliest_row_and_say_nothing_twice():
         more = {f"set.{key}": value for key, value in settings.items()}
         return {"quantizer": "pq", "source": "a/x.csv", "started": started, **more}
 
-    full = {"key_metric": "fisher", "value_metric": "fisher", "budget_bits": "4.0", "widths": "[1, 2]"}
+    full = {"keys.metric": "fisher", "values.metric": "fisher", "bits": "4.0", "widths": "[1, 2]"}
     rows = [
-        row("2026-02", **{**full, "key_metric": "euclidean", "value_metric": "euclidean"}),
-        row("2026-03", **{**full, "value_metric": "euclidean"}),
-        row("2026-04", **{**full, "budget_bits": "", "widths": ""}),
+        row("2026-02", **{**full, "keys.metric": "euclidean", "values.metric": "euclidean"}),
+        row("2026-03", **{**full, "values.metric": "euclidean"}),
+        row("2026-04", **{**full, "bits": "", "widths": ""}),
         row("2026-05", **{**full, "widths": "[2, 4]"}),
         row("2026-01", **full),
     ]
     label(rows)
     assert [r["label"] for r in rows] == [
         "pq, metric=euclidean",
-        "pq, value_metric=euclidean",
-        "pq, budget_bits=none",
+        "pq, values.metric=euclidean",
+        "pq, bits=none",
         "pq, widths=[2, 4]",
         "pq",
     ]
@@ -166,17 +173,14 @@ def test_labels_start_from_the_earliest_row_and_say_nothing_twice():
     assert [r["label"] for r in jobs] == ["pq", "pq, dsub=4", "pq, keys.dsub=4"]
 
 
-def test_what_cannot_be_read_is_refused_in_one_line(tmp_path):
+def test_a_file_that_is_no_table_is_refused_in_one_line(tmp_path):
     path = tmp_path / "x.csv"
     for content, message in (
-        (
-            "colour,size,a,b,c,d,e\n1,2,3,4,5,6,7\n",
-            r"columns colour, size, a, b, c, d, \.\.\. are of no known kind",
-        ),
-        ("stage,dense_ms\n", "has no rows"),
-        ("", "has no rows"),
-        ("stage,dense_ms\n1\n", "its rows are not equally long"),
-        ("stage,dense_ms\n1,2,3\n", "its rows are not equally long"),
+        ("colour,size\n1,2\n", "no column kind, schema; accepted are tables"),
+        ("kind,schema,stage\n", "has no rows"),
+        ("", "is not a CSV"),
+        ("kind,schema,stage\nbreakdown\n", "its rows are not equally long"),
+        ("kind,schema,stage\nbreakdown,1,2,3\n", "is not a CSV"),
     ):
         path.write_text(content)
         with pytest.raises(UserError, match=message) as error:
@@ -188,14 +192,59 @@ def test_what_cannot_be_read_is_refused_in_one_line(tmp_path):
         read([path], "all")
     with pytest.raises(UserError, match="no results at /nowhere"):
         read([Path("/nowhere")], "all")
+    with pytest.raises(UserError, match="no CSV there is a table of ours"):
+        read([tmp_path], "all")
     path.unlink()
     with pytest.raises(UserError, match="the folder holds no CSV"):
         read([tmp_path], "all")
 
 
-def test_the_refusal_names_every_kind_and_its_columns(tmp_path):
-    (tmp_path / "x.csv").write_text("a\n1\n")
-    with pytest.raises(UserError) as error:
-        read([tmp_path / "x.csv"], "all")
-    for kind in KINDS:
-        assert f"{kind.name} ({', '.join(sorted(kind.columns))})" in str(error.value)
+def test_what_is_no_table_in_a_folder_is_left_out_and_named(folder, caplog):
+    whole = read([folder], "all")
+    (folder / "foreign.csv").write_text("colour,size\n1,2\n")
+    (folder / "cut.csv").write_text('kind,schema,run\njob,1,"a')
+    found = read([folder], "all")
+    assert found.quality == whole.quality
+    assert [record.getMessage().split("/")[-1].split(" ")[0] for record in caplog.records] == [
+        "cut.csv",
+        "foreign.csv:",
+    ]
+
+
+def test_hidden_files_are_no_results(folder):
+    whole = read([folder], "all")
+    for hidden in (folder / ".0123abcd.results.csv", folder / ".trash" / "results.csv"):
+        hidden.parent.mkdir(exist_ok=True)
+        shutil.copy(folder / "results.csv", hidden)
+    assert read([folder], "all").files == whole.files
+
+
+def test_kinds_and_schemas_that_are_unknown_are_left_out(tmp_path, caplog):
+    path = tmp_path / "x.csv"
+    path.write_text("kind,schema,stage,ms\nbreakdown,1,MLP,1\nbreakdown,2,MLP,2\n,,MLP,3\nhat,1,MLP,4\n")
+    assert [row["ms"] for row in read([path], "all").breakdown] == ["1"]
+    assert "schema '2'; this version reads 1" in caplog.text
+    assert f"1 row left out: kind 'hat'; accepted are {', '.join(KINDS)}" in caplog.text
+    assert "kind ''" in caplog.text
+
+
+BAD = ["", "many", "nan", "-inf", "1e400", "=1", "12;5", "١", "0x10", "1_0"]
+
+
+@pytest.mark.parametrize("cell", BAD)
+@pytest.mark.parametrize("table", ["results", "e2e", "gpu/kernel", *(f"evaluations/{n}-1" for n in TABLES)])
+def test_a_bad_cell_costs_its_row_and_no_traceback(folder, caplog, table, cell):
+    """In every number column of every kind, one at a time."""
+    path = folder / f"{table}.csv"
+    whole = read_table(path)
+    numbers = [column for column in whole if column != "schema" and to_float(whole[column].max()) is not None]
+    assert numbers
+    for column in numbers:
+        frame = whole.copy()
+        frame.loc[0, column] = cell
+        path.write_text(frame.to_csv(index=False))
+        caplog.clear()
+        for exhibit in exhibits(read([folder], "all"), []):
+            if exhibit.paint is not None and table.split("/")[-1].split("-")[0] in exhibit.name:
+                draw(exhibit.paint, *exhibit.size)
+        assert all("\n" not in record.getMessage() for record in caplog.records)
