@@ -15,7 +15,7 @@ from small_job import SMALL_JOB
 
 from million_cli import cli, pipelines
 from million_cli.files import reason
-from million_cli.results import read_rows
+from million_cli.tables import read_results, records
 from million_cli.signals import STOPPING, Stopped, stopping
 
 FULL = Path("/dev/full")
@@ -46,7 +46,11 @@ def stopped_job(monkeypatch, capfd, tmp_path):
         )
         with pytest.raises(SystemExit) as exit_:
             cli.main()
-        return exit_.value.code, read_rows(tmp_path / "results.csv")[1], capfd.readouterr().err.splitlines()
+        return (
+            exit_.value.code,
+            records(read_results(tmp_path / "results.csv")),
+            capfd.readouterr().err.splitlines(),
+        )
 
     return run
 
