@@ -14,7 +14,7 @@ from small_job import SMALL_JOB
 
 from million_cli.errors import UserError
 from million_cli.registry import CODECS, TASKS, Registry
-from million_cli.results import read_rows
+from million_cli.tables import read_results, records
 
 CODEC = '''
 from dataclasses import dataclass
@@ -119,7 +119,11 @@ def million(site, tmp_path_factory):
             timeout=60,
         )
         table = out / "results.csv"
-        return done.returncode, done.stderr.splitlines(), read_rows(table)[1] if table.exists() else []
+        return (
+            done.returncode,
+            done.stderr.splitlines(),
+            records(read_results(table)) if table.exists() else [],
+        )
 
     return run
 

@@ -15,8 +15,8 @@ from small_job import SMALL_JOB
 
 from million_cli import cli, pipelines
 from million_cli.files import reason
-from million_cli.tables import read_results, records
 from million_cli.signals import STOPPING, Stopped, stopping
+from million_cli.tables import read_results, records
 
 FULL = Path("/dev/full")
 needs_dev_full = pytest.mark.skipif(not FULL.exists(), reason="no /dev/full")
