@@ -423,9 +423,9 @@ def _arguments(ctx: typer.Context, text: str = "task") -> list[str]:
     for name, value in options.items():
         match name:
             case "model":
-                overrides += _model(value)
+                overrides += model_overrides(value)
             case "dataset":
-                overrides += _dataset(value, text)
+                overrides += dataset_overrides(value, text)
             case "paged":
                 overrides.append("cache=paged")
             case "page_size" | "extended_residual" | "max_pages":
@@ -447,7 +447,7 @@ def _arguments(ctx: typer.Context, text: str = "task") -> list[str]:
     return [*overrides, *ctx.args]
 
 
-def _model(value: str) -> list[str]:
+def model_overrides(value: str) -> list[str]:
     from million_cli.hydra_app import conf_folder
 
     if (conf_folder() / "model" / f"{value}.yaml").is_file():
@@ -455,7 +455,7 @@ def _model(value: str) -> list[str]:
     return ["model=folder", f"model.path={quote(value)}"]
 
 
-def _dataset(value: str, node: str) -> list[str]:
+def dataset_overrides(value: str, node: str) -> list[str]:
     from million_cli.text import DATASETS
 
     if value in DATASETS:

@@ -342,17 +342,17 @@ def test_quoted_values_reach_the_configuration_unchanged(value):
     [("wikitext2", "dataset"), ("synthetic", "dataset"), ("my text.txt", "path"), ("/data/x", "path")],
 )
 def test_a_dataset_is_a_name_or_a_path(dataset, key):
-    from million_cli.cli import _dataset
+    from million_cli.cli import dataset_overrides
 
     for node in ("task", "data"):
-        config = compose(_dataset(dataset, node))
+        config = compose(dataset_overrides(dataset, node))
         found = getattr(config, node)
         assert (found[key] if node == "task" else getattr(found, key)) == dataset
 
 
 def test_a_model_is_a_name_or_a_path():
-    from million_cli.cli import _model
+    from million_cli.cli import model_overrides
 
-    assert compose(_model("llama-2-7b")).model.path == "meta-llama/Llama-2-7b-hf"
-    assert compose(_model("some/model")).model.path == "some/model"
-    assert compose(_model("/models/x y")).model.path == "/models/x y"
+    assert compose(model_overrides("llama-2-7b")).model.path == "meta-llama/Llama-2-7b-hf"
+    assert compose(model_overrides("some/model")).model.path == "some/model"
+    assert compose(model_overrides("/models/x y")).model.path == "/models/x y"

@@ -19,6 +19,15 @@ from million_cli.pq.codec import Backend
 from million_cli.spec import WindowSpec
 
 
+def empty_pages(like: Tensor, pages: int, *page_shape: int) -> Tensor:
+    """Memory of a pool, uint8 `[pages, *page_shape]`, on the device of `like`.
+
+    Raises:
+        torch.OutOfMemoryError: the device has none left.
+    """
+    return like.new_empty(pages, *page_shape, dtype=torch.uint8)
+
+
 class PagedStore(CodeStore):
     """Pages of P tokens.  A page id stands for the same tokens in every layer and holds all KV heads there.
 
@@ -162,10 +171,7 @@ class PagedStore(CodeStore):
         old, total = self._pools[layer], len(self._manager)
         if old is not None and old[0].shape[0] == total:
             return
-        keys, values = (
-            like.new_empty(total, Hkv, *layout.page_shape, dtype=torch.uint8)
-            for layout in self._layouts[layer]
-        )
+        keys, values = (empty_pages(like, total, Hkv, *layout.page_shape) for layout in self._layouts[layer])
         if old is not None:
             n = old[0].shape[0]
             keys[:n], values[:n] = old

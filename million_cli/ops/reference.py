@@ -33,8 +33,8 @@ from million_cli.pq.codec import decode
 
 # Elements of K, and of V, decoded at once (batch, heads, tokens and dimensions), and scores alive at once
 # (batch, heads, queries and tokens): about the caches of a CPU, a small part of a GPU's memory.
-_SPAN_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
-_SCORE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
+SPAN_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
+SCORE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 # Rows of a block share the span of keys that any of them sees, so long blocks waste work on masked scores.
 _MAX_ROWS = {"cpu": 128, "cuda": 1024}
 
@@ -213,12 +213,12 @@ def _lookup(table: Tensor, codes: Tensor) -> Tensor:
 
 def _span(elements_a_token: int, device: torch.device) -> int:
     """Tokens of a span, a multiple of the largest page; equal for all stores, so their sums round alike."""
-    return max(1, _budget(_SPAN_ELEMENTS, device) // (elements_a_token * 256)) * 256
+    return max(1, _budget(SPAN_ELEMENTS, device) // (elements_a_token * 256)) * 256
 
 
 def _row_blocks(N: int, elements_a_row: int, device: torch.device) -> Iterator[slice]:
     """Cut N queries into blocks of bounded scores."""
-    n = max(1, min(_budget(_SCORE_ELEMENTS, device) // elements_a_row, _budget(_MAX_ROWS, device)))
+    n = max(1, min(_budget(SCORE_ELEMENTS, device) // elements_a_row, _budget(_MAX_ROWS, device)))
     for start in range(0, N, n):
         yield slice(start, min(start + n, N))
 

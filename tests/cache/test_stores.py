@@ -9,6 +9,7 @@ import torch
 from closed_form import HKV, D, assert_holds, cropped, dense_attention, random_layers, random_qkv
 from torch import Tensor
 
+from million_cli.cache import paged
 from million_cli.cache.contiguous import ContiguousStore
 from million_cli.cache.page_manager import PagePoolExhausted
 from million_cli.cache.paged import PagedStore
@@ -295,7 +296,7 @@ def test_no_memory_for_a_pool_takes_no_pages(monkeypatch):
         raise torch.OutOfMemoryError("out of memory")
 
     with monkeypatch.context() as broken:
-        broken.setattr(store, "_grow_pool", fail)
+        broken.setattr(paged, "empty_pages", fail)
         with pytest.raises(torch.OutOfMemoryError):
             store.append(0, k, v)
     assert (store.length(), store.page_stats.in_use) == (0, 0)

@@ -98,7 +98,8 @@ def test_caches_without_steps_go_through_their_layers(kind, architecture):
 def test_a_replayed_step_is_the_eager_step(kind):
     """Teacher-forced over 12 pages of tokens: the same logits, and in the end the same codes."""
     ids = random_ids(2, 250)
-    tape, eager = (Engine(tiny_model(), make(kind), graphs=g) for g in (TapeGraphs(), None))
+    graphs = TapeGraphs()
+    tape, eager = (Engine(tiny_model(), make(kind), graphs=g) for g in (graphs, None))
     for engine in (tape, eager):
         engine.prefill(ids[:, :50], new_tokens=200)
     for t in range(50, 250):
@@ -109,25 +110,27 @@ def test_a_replayed_step_is_the_eager_step(kind):
         for ours, theirs in zip(tape.cache.store.codes(1), eager.cache.store.codes(1), strict=True):
             assert ours.length == theirs.length == WINDOW.coded_length(250)
             assert torch.equal(ours.read(0, ours.length), theirs.read(0, theirs.length))
-        assert tape._graphs.captured == 1
+        assert graphs.captured == 1
 
 
 def test_a_growing_pool_is_captured_anew():
     ids = random_ids(2, 200)
-    engine = Engine(tiny_model(), make("paged"), graphs=TapeGraphs())
+    graphs = TapeGraphs()
+    engine = Engine(tiny_model(), make("paged"), graphs=graphs)
     expected = tokens_of_generate(reference("paged"), ids[:, :40], 160)
     engine.prefill(ids[:, :40])  # how long the text will be is not said
     tokens = [engine.step().clone() for _ in range(159)]
     assert torch.stack(tokens, 1).tolist() == [row[1:] for row in expected]
-    assert engine._graphs.captured > 1
+    assert graphs.captured > 1
 
 
 def test_a_text_of_known_length_takes_its_memory_once():
-    engine = Engine(tiny_model(), make("paged"), graphs=TapeGraphs())
+    graphs = TapeGraphs()
+    engine = Engine(tiny_model(), make("paged"), graphs=graphs)
     list(engine.generate(random_ids(3, 200), max_new_tokens=100))
     memory = engine.cache.memory()
     assert memory["pool_reserved"] == 0
-    assert engine._graphs.captured == 1
+    assert graphs.captured == 1
 
 
 def test_an_exhausted_pool_goes_on_contiguously():
@@ -195,12 +198,13 @@ def _cache(kind: str, seed: int) -> Cache:
 
 
 def test_the_next_text_uses_the_graph_of_the_last():
-    engine = Engine(tiny_model(), make("paged"), graphs=TapeGraphs())
+    graphs = TapeGraphs()
+    engine = Engine(tiny_model(), make("paged"), graphs=graphs)
     first, second = random_ids(2, 60), random_ids(2, 45, seed=3)
     for ids in (first, second, first):
         assert tokens_of_engine(engine, ids, 50) == tokens_of_generate(reference("paged"), ids, 50)
         engine.reset()
-    assert engine._graphs.captured == 1
+    assert graphs.captured == 1
 
 
 @pytest.mark.parametrize("kind", ["paged", "dense"])
@@ -257,20 +261,22 @@ def test_sequences_end_at_their_own_end():
 @pytest.mark.parametrize("bucket", [1, 32])
 def test_dense_buckets_mask_what_is_not_there(bucket):
     ids = random_ids(2, 45)
-    engine = Engine(tiny_model(), make("dense"), graphs=TapeGraphs(), bucket=bucket)
+    graphs = TapeGraphs()
+    engine = Engine(tiny_model(), make("dense"), graphs=graphs, bucket=bucket)
     assert tokens_of_engine(engine, ids, 60) == tokens_of_generate(reference("dense"), ids, 60)
-    assert engine._graphs.captured == (58 if bucket == 1 else 3)
+    assert graphs.captured == (58 if bucket == 1 else 3)
 
 
 @pytest.mark.parametrize("kind", ["paged", "dense"])
 def test_capturing_ahead_changes_nothing(kind):
     ids = random_ids(2, 45)
-    engine = Engine(tiny_model(), make(kind), graphs=TapeGraphs())
+    graphs = TapeGraphs()
+    engine = Engine(tiny_model(), make(kind), graphs=graphs)
     tokens = [engine.prefill(ids, new_tokens=30).tolist(), engine.step().tolist()]
     engine.capture(20)
-    captured = engine._graphs.captured
+    captured = graphs.captured
     tokens += [engine.step().tolist() for _ in range(20)]
-    assert engine._graphs.captured == captured == (20 if kind == "dense" else 1)
+    assert graphs.captured == captured == (20 if kind == "dense" else 1)
     expected = tokens_of_generate(reference(kind), ids, 22)
     assert [list(row) for row in zip(*tokens, strict=True)] == expected
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny_models import WINDOW, codebook_for, forward, random_ids, tiny_model
 from torch_ops import TorchOps
 
-from million_cli.cache.paged import PagedStore
+from million_cli.cache import paged
 from million_cli.errors import UserError
 from million_cli.hf import select
 from million_cli.hf.cache import DynamicPQCache, PagedPQCache
@@ -151,7 +151,7 @@ def test_pool_that_does_not_fit_in_memory(monkeypatch: pytest.MonkeyPatch) -> No
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     expected = tokens(DynamicPQCache(tiny_model(), codebook_for(), WINDOW))
-    monkeypatch.setattr(PagedStore, "_grow_pool", no_memory)
+    monkeypatch.setattr(paged, "empty_pages", no_memory)
     cache = PagedPQCache(tiny_model(), codebook_for(), WINDOW, max_pages=1000)
     assert tokens(cache) == expected
     assert cache.fallbacks == (
@@ -165,7 +165,7 @@ def test_other_runtime_errors_are_not_swallowed(monkeypatch: pytest.MonkeyPatch)
     def broken(*args: Any) -> None:
         raise RuntimeError("shape mismatch")
 
-    monkeypatch.setattr(PagedStore, "_grow_pool", broken)
+    monkeypatch.setattr(paged, "empty_pages", broken)
     with pytest.raises(RuntimeError, match="shape mismatch"):
         tokens(PagedPQCache(tiny_model(), codebook_for(), WINDOW))
 

@@ -19,7 +19,7 @@ from tiny_models import (
     reference_cache,
     tiny_model,
 )
-from transformers import set_seed
+from transformers import AttentionInterface, set_seed
 
 from million_cli.hf.attention import ATTENTION_NAME, PQHandle, pq_attention_forward
 from million_cli.hf.cache import DynamicPQCache, PagedPQCache, PQCache
@@ -214,7 +214,7 @@ def test_any_sequence_of_operations(operations: list[tuple[str, Any]], store: st
 
 
 @both_caches
-def test_decoding_never_sees_dense_keys_or_values(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_never_sees_dense_keys_or_values(store: str) -> None:
     seen: list[tuple[int, int, int]] = []
 
     def spy(module: Any, query: torch.Tensor, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
@@ -225,11 +225,12 @@ def test_decoding_never_sees_dense_keys_or_values(store: str, monkeypatch: pytes
             assert module.layer_idx == 0, "only the sliding layer of this model is dense"
         return pq_attention_forward(module, query, key, value, *args, **kwargs)
 
-    from transformers import AttentionInterface
-
     cache = make_cache(store, "gemma2")
-    monkeypatch.setitem(AttentionInterface._global_mapping, ATTENTION_NAME, spy)
-    generate("gemma2", cache, random_ids(2, 80))
+    AttentionInterface.register(ATTENTION_NAME, spy)
+    try:
+        generate("gemma2", cache, random_ids(2, 80))
+    finally:
+        AttentionInterface.register(ATTENTION_NAME, pq_attention_forward)
     decode = [exact for layer, queries, exact in seen if queries == 1]
     assert len(decode) == 23
     assert max(decode) < WINDOW.residual

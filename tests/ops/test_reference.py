@@ -209,8 +209,8 @@ def test_many_spans_and_row_blocks_change_nothing(N, masked, monkeypatch):
     whole = case.run(**options)
     calls = len(seen)
     seen.clear()
-    monkeypatch.setattr(reference, "_SPAN_ELEMENTS", {"cpu": 256 * 2 * D})
-    monkeypatch.setattr(reference, "_SCORE_ELEMENTS", {"cpu": 16 * 4 * 256})
+    monkeypatch.setattr(reference, "SPAN_ELEMENTS", {"cpu": 256 * 2 * D})
+    monkeypatch.setattr(reference, "SCORE_ELEMENTS", {"cpu": 16 * 4 * 256})
     pieces = case.run(**options)
     assert max(seen) <= 16 * 4 * 256  # scores alive at once
     assert len(seen) > calls
