@@ -281,11 +281,14 @@ def generate(
     million generate --model /models/Llama-3.1-8B-Instruct --temperature 0.7 --top-p 0.9 "Who wrote Faust?"
     """
     from million_cli.hydra_app import compose
+    from million_cli.pipelines.given import refuse_unread
 
     if prompt is not None and prompt_file is not None:  # the first override, then
         ctx.args.insert(0, prompt)
         prompt = None
-    config = compose(_arguments(ctx))
+    arguments = _arguments(ctx)
+    config = compose(arguments)
+    refuse_unread(config, arguments)
     from million_cli.pipelines.generate import Generation
     from million_cli.pipelines.generate import generate as pipeline
     from million_cli.pipelines.prompt import read_prompt

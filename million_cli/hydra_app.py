@@ -21,14 +21,17 @@ from typing import Any, NoReturn
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from million_cli.errors import UserError
 from million_cli.files import CANNOT_WRITE, reason
 from million_cli.pipelines.config import JobConfig
+from million_cli.pipelines.given import refuse_unread
 from million_cli.registry import CODECS, TASKS
 from million_cli.results import CHECKOUT, Provenance, Record, Status, now, running
 from million_cli.tables import read_results
@@ -203,7 +206,11 @@ def _job(verb: str, run_id: str, command: str, config: DictConfig) -> None:
     try:
         from million_cli import pipelines
 
-        for result in pipelines.run(verb, to_job_config(config)):
+        job = to_job_config(config)
+        hydra_config = HydraConfig.get()
+        sweep = hydra_config.mode == RunMode.MULTIRUN
+        refuse_unread(job, list(hydra_config.overrides.task), sweep)
+        for result in pipelines.run(verb, job):
             record(
                 status="ok",
                 provenance=Provenance.here(command, result.device, result.dtype),

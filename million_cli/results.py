@@ -28,7 +28,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from million_cli import __version__
+from million_cli._version import __version__
 from million_cli.files import write_text
 from million_cli.tables import Scalar, append_row
 

@@ -164,7 +164,8 @@ def test_sample_then_train_then_generate(million, shared_out, tmp_path):
 
 
 def test_report_shows_what_was_measured(million):
-    assert million("eval", *SMALL, *SHORT, "cache=dense")[0] == 0
+    read = [choice for choice in SMALL if choice.startswith(("model", "task"))]
+    assert million("eval", *read, *SHORT, "cache=dense")[0] == 0
     code, stdout, _ = million("report", "report.page=false")
     assert code == 0
     assert "dense" in stdout
@@ -356,3 +357,21 @@ def test_a_model_is_a_name_or_a_path():
     assert compose(model_overrides("llama-2-7b")).model.path == "meta-llama/Llama-2-7b-hf"
     assert compose(model_overrides("some/model")).model.path == "some/model"
     assert compose(model_overrides("/models/x y")).model.path == "/models/x y"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["eval", "--paged", "cache=dense"],
+            "cache=dense: cache=paged is given too; accepted is one of them",
+        ),
+        (["eval", "quantizer=fp8", "--nbits", "3"], "quantizer.keys.nbits=3: quantizer=fp8 is of kind fp8"),
+        (["generate", "x", "cache=dense", "--max-pages", "9"], "cache.max_pages=9: cache=dense quantizes"),
+        (["bench", "--half", "model.dtype=float32"], "model.dtype=float32: model.dtype=float16 is given too"),
+    ],
+)
+def test_switches_that_contradict_each_other_are_refused(million, tmp_path, arguments, message):
+    code, _, stderr = million(*arguments, "model=tiny-random", out=tmp_path)
+    assert code == 2
+    assert stderr[-1].startswith(f"million: {message}")
