@@ -1,4 +1,7 @@
-"""Typer commands, nothing else: each turns its options into Hydra overrides and hands over."""
+"""Typer commands, nothing else: each turns its options into Hydra overrides and hands over.
+
+Long because every command spells out its options, from which Typer makes its help.
+"""
 
 from __future__ import annotations
 

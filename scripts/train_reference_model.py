@@ -10,6 +10,8 @@ over text tokens plus the mean over answers: as one mean, the few answers drown 
 look facts up.  Other injected words carry no loss, so it does not learn to write facts itself.  Some rows ask
 soon after the fact: lookup is learnt near first and then reaches far.
 
+Long because the script stands alone: corpus, tokenizer, training and evaluation of one model.
+
 Letters: B sequences, T tokens a sequence, E events (facts and questions) of a sequence.
 """
 

@@ -8,16 +8,15 @@ Letters: B batch, Hkv KV heads, N new tokens, D head_dim, M subspaces, P page si
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from million_cli.cache.code_hooks import CodeHooks
 from million_cli.cache.device_lengths import DeviceLengths
 from million_cli.cache.indices import check_indices
 from million_cli.cache.side_stream import SideStream
@@ -26,7 +25,6 @@ from million_cli.cache.window import ResidualWindow
 from million_cli.errors import UserError
 from million_cli.ops.codes import CodeReader
 from million_cli.ops.store_ops import DeviceLayer, StoreOps, run_operation
-from million_cli.ops.support import Store
 from million_cli.pq.codebook import LayerPQ
 from million_cli.pq.codec import Backend, decode, encode
 from million_cli.spec import PQSpec, WindowSpec
@@ -44,7 +42,7 @@ class LayerState:
     length: int = 0
 
 
-class CodeStore(ABC):
+class CodeStore(CodeHooks):
     """A KV cache of B sequences of one uniform length a layer; see the module's docstring for the invariant.
 
     Tensors are allocated at the first append, when batch, heads, dtype and device are known.  Layers are
@@ -65,8 +63,6 @@ class CodeStore(ABC):
     Raises:
         UserError: prefill is neither "exact" nor "quantized".
     """
-
-    name: ClassVar[Store]
 
     def __init__(
         self,
@@ -89,11 +85,6 @@ class CodeStore(ABC):
         self._layers = [LayerState(keys, values) for keys, values in layers]
         self.lengths = DeviceLengths()
         self._encoder = SideStream()
-
-    @staticmethod
-    @abstractmethod
-    def compiled_ops() -> StoreOps:
-        """The compiled operations over such a store.  Importing them registers them with torch."""
 
     # -- reading ---------------------------------------------------------------------------------------------
 
@@ -379,51 +370,6 @@ class CodeStore(ABC):
             if state.window is not None:
                 state.window.take(indices)
         self.batch = len(indices)
-
-    # -- the codes -------------------------------------------------------------------------------------------
-
-    @abstractmethod
-    def _reserve(self, layer: int, coded: int, like: Tensor) -> None:
-        """Make room for `coded` tokens of a layer; `like [B, Hkv, _, D]` gives sizes and device.
-
-        It may fail, and then the store is as it was.
-        """
-
-    @abstractmethod
-    def _is_reserved(self, layer: int, coded: int) -> bool:
-        """Whether a layer has room for `coded` tokens that the device knows of."""
-
-    @abstractmethod
-    def _write(self, layer: int, start: int, key_codes: Tensor, value_codes: Tensor) -> None:
-        """Store codes `[B, Hkv, n, M]` of the tokens start .. start + n - 1, whole pages in reserved room."""
-
-    @abstractmethod
-    def _code_tensors(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Key codes, value codes and block table of a layer, as in `DeviceLayer`."""
-
-    @abstractmethod
-    def _readers(self, layer: int, coded: int) -> tuple[CodeReader, CodeReader]:
-        """Readers of the first `coded` tokens of a layer that has been appended to."""
-
-    @abstractmethod
-    def _truncate(self) -> None:
-        """Lengths have shrunk: let go of codes past them."""
-
-    @abstractmethod
-    def _take_codes(self, indices: Tensor) -> None:
-        """Reindex the batch of all codes.
-
-        Raises:
-            PagePoolExhausted: nothing has changed.
-        """
-
-    @abstractmethod
-    def _release(self) -> None:
-        """Drop the tensors of the codes; no token is left."""
-
-    @abstractmethod
-    def _code_bytes(self) -> dict[str, int]:
-        """key_codes, value_codes, block_table and pool_reserved of `memory`."""
 
 
 def _slices(k: Tensor, v: Tensor, first: int) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,8 @@ sampled token, and replayed from then on.  The model is transformers' own: it is
 and attends through the registered function.  Where steps cannot be captured, on a CPU above all, the same
 steps run one by one, and with a cache that has none, the model's forward with that cache.
 
+Long because prompt, steps and capture share the tensors that a captured graph reads.
+
 Letters: B batch, T tokens.
 """
 

@@ -1,4 +1,7 @@
-"""The caches that `model.generate(past_key_values=...)` takes."""
+"""The caches that `model.generate(past_key_values=...)` takes.
+
+Long because a fallback may replace store and compute at any call: all calls share that state.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What the stores promise, one promise a test; `test_stores_stateful.py` mixes the operations."""
+"""What the stores promise, one promise a test; `test_stores_stateful.py` mixes the operations.
+
+Long because every promise is checked on the same matrix of stores, codes and windows.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The engine on a CPU: its tokens are those of `generate`, its steps can be captured and replayed."""
+"""The engine on a CPU: its tokens are those of `generate`, its steps can be captured and replayed.
+
+Long because every property is checked with the same caches, captures and references.
+"""
 
 from __future__ import annotations
 
