@@ -454,7 +454,7 @@ def _arguments(ctx: typer.Context, text: str = "task") -> list[str]:
 
 
 def model_overrides(value: str) -> list[str]:
-    from million_cli.hydra_app import conf_folder
+    from million_cli.conf import conf_folder
 
     if (conf_folder() / "model" / f"{value}.yaml").is_file():
         return [f"model={value}"]

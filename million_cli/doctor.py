@@ -84,7 +84,7 @@ def _versions() -> Iterator[Line]:
 
 
 def _folders() -> Iterator[Line]:
-    from million_cli.hydra_app import conf_folder
+    from million_cli.conf import conf_folder
 
     try:
         yield "conf", str(conf_folder())

@@ -28,12 +28,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from million_cli.conf import conf_folder
 from million_cli.errors import UserError
 from million_cli.files import CANNOT_WRITE, reason
 from million_cli.pipelines.config import JobConfig
 from million_cli.pipelines.given import refuse_unread
 from million_cli.registry import CODECS, TASKS
-from million_cli.results import CHECKOUT, Provenance, Record, Status, now, running
+from million_cli.results import Provenance, Record, Status, now, running
 from million_cli.tables import read_results
 
 VALUED_FLAGS = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--info", "-i")
@@ -52,20 +53,6 @@ class Outcome(Callback):
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         type(self).out = Path(config.out)
-
-
-def conf_folder() -> Path:
-    """The folder of Hydra groups: the checkout's, else the one in the installed package.
-
-    Raises:
-        UserError: neither exists.
-    """
-    package = Path(__file__).resolve().parent
-    # An editable install leaves a stale copy in site-packages, so the checkout comes first.
-    for folder in (CHECKOUT / "conf", package / "conf"):
-        if (folder / "config.yaml").is_file():
-            return folder
-    raise UserError(f"no conf/config.yaml in {CHECKOUT} or {package}; reinstall the package")
 
 
 def run(verb: str, arguments: Sequence[str]) -> int:

@@ -22,7 +22,7 @@ SMALL = [
     "task.max_tokens=512",
     "bench.context=48",
     "bench.new_tokens=4",
-    "bench.repeats=1",
+    "bench.rounds=1",
 ]
 
 

@@ -201,7 +201,7 @@ BAD = [
     ),
     (["run", "stages=[dance]"], "stages=dance: accepted are baseline, sample"),
     (["train-codebook", *SMALL, "train.trainer=magic"], "train.trainer=magic: accepted are torch, faiss"),
-    (["bench", *SMALL, "bench.repeats=0"], "bench.repeats=0: accepted are integers from 1"),
+    (["bench", *SMALL, "bench.rounds=0"], "bench.rounds=0: accepted are integers from 1"),
     (["bench", "kernel", "bench.heads=[7/7]"], "bench.heads=7/7: accepted are some of 32/32, 32/8, 64/8"),
     (["bench", "kernel", "bench.replays=0"], "bench.replays=0: accepted are integers from 1"),
     (["bench", "kernel", "bench.batch=[8]", "bench.encode=false", "bench.context=[4096]"], "no case has all"),

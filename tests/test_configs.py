@@ -7,8 +7,9 @@ from dataclasses import asdict, fields
 import pytest
 from transformers import AutoConfig
 
+from million_cli.conf import conf_folder
 from million_cli.errors import UserError
-from million_cli.hydra_app import compose, conf_folder
+from million_cli.hydra_app import compose
 from million_cli.pipelines.config import typed
 from million_cli.registry import BENCHES, CACHES, CODECS, TASKS
 from million_cli.text import DATASETS

@@ -7,8 +7,10 @@ import torch
 from million_cli.cache.store import CodeStore
 from million_cli.engine.dense import DenseCache, DenseLayer
 from million_cli.engine.engine import Engine
-from million_cli.errors import UserError
 from million_cli.hf.cache import PQCache
+
+CHUNK = 4096
+"""Tokens that are appended at once to a cache without steps."""
 
 
 @torch.no_grad()
@@ -19,10 +21,12 @@ def fill(engine: Engine, batch: int, length: int, new_tokens: int = 0) -> None:
         new_tokens: steps that will follow: memory is taken for them at once.
 
     Raises:
-        UserError: a cache without steps (see `hf.step.Steps`), or too small for the tokens.
+        UserError: the cache is too small for the tokens.
     """
     if engine.steps is None:
-        raise UserError(f"fill: {engine.notes[0]}")
+        _append_random(engine, batch, length)
+        engine.begin(length, torch.zeros(batch, dtype=torch.int64, device=engine.device))
+        return
     engine.steps.expect(length + new_tokens)
     if isinstance(engine.cache, DenseCache):
         _fill_dense(engine.cache, batch, length, engine.device)
@@ -45,6 +49,17 @@ def fill_store(store: CodeStore, length: int) -> None:
         tensors.key_codes.random_(), tensors.value_codes.random_()
         tensors.key_window.normal_(), tensors.value_window.normal_()
     store.advance(length - store.length())
+
+
+def _append_random(engine: Engine, batch: int, length: int) -> None:
+    """Append random K and V to each layer of a cache without steps, in chunks of at most `CHUNK` tokens."""
+    config = engine.model.config.get_text_config(decoder=True)
+    D = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for layer in range(config.num_hidden_layers):
+        for start in range(0, length, CHUNK):
+            shape = batch, config.num_key_value_heads, min(CHUNK, length - start), D
+            keys, values = (torch.randn(shape, device=engine.device).to(engine.model.dtype) for _ in range(2))
+            engine.cache.update(keys, values, layer)
 
 
 def _fill_dense(cache: DenseCache, batch: int, length: int, device: torch.device) -> None:

@@ -1,96 +1,40 @@
-"""The ways in which `million bench e2e` serves a case: our engine with each cache, and transformers' own."""
+"""The loops that serve a case: our engine, and transformers' compiled static cache."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import CompileConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, QuantizedCache, StaticCache
+from transformers.cache_utils import Cache, StaticCache
 
-from million_cli.bench.cases import Case, Runner
 from million_cli.bench.fill import fill
+from million_cli.bench.measure import Row
+from million_cli.codecs import SimulatedCache
 from million_cli.engine.dense import DenseCache, DenseSteps
-from million_cli.engine.engine import Compile, Engine
+from million_cli.engine.engine import Engine
 from million_cli.engine.joined import part_projections
-from million_cli.hf.cache import DynamicPQCache, PagedPQCache, PQCache
-from million_cli.hf.models import fingerprint
-from million_cli.hf.select import COMPILED, Kernels
-from million_cli.pq.codebook import Codebook, CodebookMeta, ProductQuantizer
-from million_cli.pq.transform import Transform
-from million_cli.spec import CodeSpec, PQSpec
-from million_cli.tasks.base import Scalar
+from million_cli.hf.cache import PQCache
 
-BITS = {"4bit": (2, 2), "3bit": (2, 4), "2bit": (4, 4)}
-"""Dimensions of a subspace of keys and of values, 8-bit codes."""
-MIXED = "4bit-mixed"
-"""4 bits on average as budgets spend them: the last eighth of the layers has 8, the first quarter 2."""
-
-
-def layer_codes(bits: str, layers: int, head_dim: int) -> list[PQSpec] | None:
-    """Codes of each layer for a name of `BITS` or `MIXED`; None for another."""
-    if bits == MIXED:
-        fine = layers // 8
-        both = [(4, 4)] * (2 * fine) + [(2, 2)] * (layers - 3 * fine) + [(1, 1)] * fine
-    elif bits in BITS:
-        both = [BITS[bits]] * layers
-    else:
-        return None
-    return [PQSpec(*(CodeSpec(head_dim, head_dim // dsub, 8) for dsub in pair)) for pair in both]
-
-
-def random_codebook(model: PreTrainedModel, specs: Sequence[PQSpec], seed: int) -> Codebook:
-    """Random centroids and rotations, a layer and KV head: right for times and memory, useless otherwise.
-
-    As in trained codebooks, keys and values have one each: queries and outputs pass through a matrix.
-    """
-    print_ = fingerprint(model)
-    generator = torch.Generator(model.device).manual_seed(seed)
-    L, Hkv, D = len(print_.layers), print_.num_kv_heads, print_.head_dim
-
-    def side(codes: tuple[CodeSpec, ...]) -> ProductQuantizer:
-        options: dict[str, Any] = {"generator": generator, "device": model.device}
-        centroids = tuple(torch.randn(Hkv, of.M, of.C, of.dsub, **options) for of in codes)
-        rotation = torch.linalg.qr(torch.randn(L * Hkv, D, D, **options))[0].view(L, Hkv, D, D)
-        return ProductQuantizer(codes, "head", centroids, Transform.rotation(rotation.contiguous()))
-
-    meta = CodebookMeta(
-        fingerprint=print_,
-        calibration="none: random",
-        calibration_sha256="",
-        tokens=0,
-        samples=0,
-        seed=seed,
-        trainer="random",
-        seeding="none",
-        iterations=0,
-        key_rotation="random",
-        value_rotation="random",
-        key_metric="none",
-        value_metric="none",
-        key_error=[],
-        value_error=[],
-    )
-    keys, values = (tuple(codes) for codes in zip(*((of.keys, of.values) for of in specs), strict=True))
-    return Codebook(side(keys), side(values), meta)
+WARM_STEPS = 4
+"""Steps beyond those timed that a runner may take."""
 
 
 class EngineRunner:
-    """Our engine with a cache of ours, or transformers' forward with one of transformers'."""
+    """Our engine with any cache.
 
-    def __init__(self, engine: Engine) -> None:
+    Args:
+        new_tokens: steps that will follow a prompt.
+    """
+
+    def __init__(self, engine: Engine, new_tokens: int) -> None:
         self.engine = engine
-        self._new_tokens = 0
+        self._new_tokens = new_tokens
 
     @property
     def cache(self) -> Any:
         return self.engine.cache
-
-    def expect(self, new_tokens: int) -> None:
-        """Steps that a prompt will be followed by."""
-        self._new_tokens = new_tokens
 
     def prefill(self, ids: Tensor) -> None:
         self.engine.prefill(ids, new_tokens=self._new_tokens)
@@ -109,23 +53,27 @@ class EngineRunner:
     def reset(self) -> None:
         self.engine.reset()
 
-    def facts(self) -> dict[str, Scalar]:
+    def facts(self) -> Row:
         engine, cache = self.engine, self.cache
-        facts: dict[str, Scalar] = {"detail": engine.mode}
+        facts: Row = {"detail": engine.mode}
         if isinstance(engine.steps, DenseSteps):
             facts["detail"] = f"{engine.mode}, sdpa {engine.steps.attention}, a graph a length"
         if isinstance(cache, PQCache):
             parts = cache.memory()
             facts["detail"] = f"{engine.mode}, {cache.backend}"
+            facts["backend"] = str(cache.backend)
+            facts["bits_nominal"] = cache.bits
             facts["cache_bytes"] = parts["total"]
             facts["code_bytes"] = parts["key_codes"] + parts["value_codes"]
             facts["window_bytes"] = parts["window"]
             facts["block_table_bytes"] = parts["block_table"]
             facts["pool_reserved_bytes"] = parts["pool_reserved"]
             facts["codebook_bytes"] = parts["codebooks"]
-            facts["codebook"] = "random"
         elif isinstance(cache, DenseCache):
             facts["cache_bytes"] = cache.memory()["total"]
+            facts["bits_nominal"] = 8 * cache.dtype.itemsize
+        elif isinstance(cache, SimulatedCache):
+            facts["bits_nominal"] = cache.bits  # its bytes mean nothing
         else:
             facts["cache_bytes"] = _bytes_of(cache)
         facts["note"] = "; ".join([*engine.notes, *map(str, getattr(cache, "fallbacks", ()))])
@@ -135,9 +83,9 @@ class EngineRunner:
 class StaticRunner:
     """transformers' static cache with the forward that `generate` would compile for it.
 
-    The loop around it is the shortest there is: positions and the next token stay on the device, and the mask
-    is made inside the compiled forward, so that nothing of `generate`'s own host time counts.  The model is
-    as transformers has it, each projection a product of its own.
+    The loop does the least possible: positions and the next token stay on the device, and the compiled
+    forward makes the mask, so none of `generate`'s own host time counts.  Each projection is a product of
+    its own, as in transformers.
     """
 
     def __init__(self, model: PreTrainedModel, capacity: int) -> None:
@@ -190,54 +138,12 @@ class StaticRunner:
     def reset(self) -> None:
         self.cache.reset()
 
-    def facts(self) -> dict[str, Scalar]:
+    def facts(self) -> Row:
         return {"cache_bytes": _bytes_of(self.cache), "detail": "reduce-overhead"}
 
 
-WARM_STEPS = 4
-"""Steps beyond those timed that a runner may take."""
-
-
-def make_runner(
-    impl: str,
-    model: PreTrainedModel,
-    case: Case,
-    new_tokens: int,
-    compile: Compile,
-    codebook: Codebook | None,
-    kernels: Kernels = COMPILED,
-) -> Runner:
-    """A runner for one case.
-
-    Args:
-        codebook: for PQ caches.
-
-    Raises:
-        ImportError: a package that the implementation needs is missing.
-    """
-    total = case.context + new_tokens + WARM_STEPS
-    if impl.startswith("transformers"):
-        model.set_attn_implementation("sdpa")
-    if impl == "transformers-static":
-        return StaticRunner(model, total)
-    cache: Cache
-    if impl == "transformers-dynamic":
-        cache = DynamicCache(config=model.config)
-    elif impl.startswith("transformers-"):
-        cache = QuantizedCache(impl.removeprefix("transformers-"), model.config, nbits=4)
-    elif impl == "dense":
-        cache = DenseCache(model, total)
-    else:
-        assert codebook is not None
-        store = PagedPQCache if impl.startswith("paged") else DynamicPQCache
-        cache = store(model, codebook, kernels=kernels)
-    runner = EngineRunner(Engine(model, cache, compile=compile))
-    runner.expect(new_tokens + WARM_STEPS)
-    return runner
-
-
 def _bytes_of(cache: Cache) -> int:
-    """Bytes of all tensors that the layers of a cache hold, of whatever class they are."""
+    """Bytes of all tensors that the layers of a cache hold, whatever their class."""
     found = {}
     for layer in cache.layers:
         for value in vars(layer).values():

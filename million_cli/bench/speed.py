@@ -1,34 +1,27 @@
-"""Time to the first token and time per output token, with the cache under test and with the dense cache.
-
-Both run in turns in one process on the same random tokens (what they are does not matter for time): times
-depend on the machine, their ratio much less.
-"""
+"""`million bench`: one cache beside the dense one, both under the decode engine."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
-from million_cli.bench.stage_clock import StageClock
+from million_cli.bench.cases import AUTO, Case, resolve_compile
+from million_cli.bench.comparison import Comparison
+from million_cli.bench.guard import clear
+from million_cli.bench.implementations import DENSE, Implementation
+from million_cli.bench.measure import Row
+from million_cli.bench.models import dense_elements
+from million_cli.bench.stages import Share
 from million_cli.errors import UserError
 from million_cli.progress import progress
-from million_cli.tasks.base import (
-    CacheFactory,
-    Scalar,
-    TaskResult,
-    check_context,
-    dense_cache,
-    memory_metrics,
-)
-from million_cli.text import Text
+from million_cli.tasks.base import check_context
 
-NAMES = ("dense", "cache")
+MEMORY = (
+    "backend", "bits_nominal", "cache_bytes", "code_bytes", "window_bytes", "block_table_bytes",
+    "pool_reserved_bytes", "codebook_bytes",
+)  # fmt: skip
 
 
 @dataclass
@@ -37,127 +30,80 @@ class Config:
 
     Attributes:
         context: tokens of the prompt.
-        new_tokens: decode steps timed.
+        new_tokens: decode steps timed in each round.
         batch: sequences at once.
-        repeats: runs of each cache, in turns; a first one of each is thrown away.
-        breakdown: also time the stages of a decode step.
+        rounds: of both caches in turns; each turns the order around.
+        compile: of the engine's steps, as for `million bench e2e`.
+        breakdown: also time a step by stage.
     """
 
     name: str = "speed"
     context: int = 1024
     new_tokens: int = 64
     batch: int = 1
-    repeats: int = 3
+    rounds: int = 3
+    compile: str = AUTO
     breakdown: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("context", "new_tokens", "batch", "repeats"):
+        for name in ("context", "new_tokens", "batch", "rounds"):
             if getattr(self, name) < 1:
                 raise UserError(f"bench.{name}={getattr(self, name)}: accepted are integers from 1")
 
 
-@torch.inference_mode()
-def measure(
-    model: PreTrainedModel,
-    tokenizer: object,
-    caches: CacheFactory,
-    text: Text | None,
-    config: Config,
-    seed: int,
-) -> TaskResult:
-    """Times of both caches.
+@dataclass(frozen=True)
+class Measured:
+    """Columns of the record, and how a step is divided, by implementation (empty without `breakdown`)."""
+
+    metrics: Row
+    stages: Mapping[str, Sequence[Share]]
+
+
+def measure(model: PreTrainedModel, cache: Implementation, config: Config, seed: int) -> Measured:
+    """Times of a cache and of the dense one, on the same random tokens.
 
     Returns:
-        ttft_ms (median over repeats), tpot_ms and tpot_p90_ms (median and 90th percentile of all steps), the
-        same with `_dense_ms`, tpot_ratio (dense / cache; above 1 is faster than dense), tokens_per_s, the
-        bytes of `memory_metrics`; with breakdown the table `breakdown`, mean milliseconds a step by stage.
+        ttft_ms (median over rounds), tpot_ms and tpot_p90_ms (median and 90th percentile of all steps), the
+        same with `_dense_ms`, tpot_ratio (dense / cache; above 1 is faster than dense), tokens_per_s, and the
+        bytes of the caches after the last step; cache_ratio is of dense K and V in 16 bits.
 
     Raises:
-        UserError: context and new tokens are more than the model takes.
+        UserError: context and new tokens are more than the model takes, or an unknown `compile`.
     """
     check_context("bench.context+new_tokens", config.context + config.new_tokens, model)
-    generator = torch.Generator().manual_seed(seed)
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    prompt = torch.randint(vocabulary, (config.batch, config.context), generator=generator).to(model.device)
-    makers: dict[str, Callable[[], Cache]] = {
-        "dense": lambda: dense_cache(model),
-        "cache": lambda: caches("exact"),
-    }
-    ttft: dict[str, list[float]] = {name: [] for name in NAMES}
-    steps: dict[str, list[float]] = {name: [] for name in NAMES}
-    stages: dict[str, dict[str, float]] = {}
-    used: dict[str, Cache] = {}
-    with progress((config.repeats + 1) * len(NAMES), "timing", "run") as bar:
-        for repeat in range(config.repeats + 1):
-            for name in NAMES:
-                used[name] = makers[name]()
-                first, rest = time_generation(model, prompt, used[name], config.new_tokens)
-                if repeat:
-                    ttft[name].append(first)
-                    steps[name] += rest
-                bar.update()
-    memory = memory_metrics(used["cache"], used["dense"])
-    if config.breakdown:
-        for name in NAMES:
-            stages[name] = time_stages(model, prompt, makers[name](), config.new_tokens)
-    metrics: dict[str, Scalar] = {
-        "context": config.context,
-        "batch": config.batch,
-        "ttft_ms": _quantile(ttft["cache"], 0.5),
-        "ttft_dense_ms": _quantile(ttft["dense"], 0.5),
-        "tpot_ms": _quantile(steps["cache"], 0.5),
-        "tpot_p90_ms": _quantile(steps["cache"], 0.9),
-        "tpot_dense_ms": _quantile(steps["dense"], 0.5),
-        "tpot_p90_dense_ms": _quantile(steps["dense"], 0.9),
-        "tpot_ratio": _quantile(steps["dense"], 0.5) / _quantile(steps["cache"], 0.5),
-        "tokens_per_s": 1e3 * config.batch / _quantile(steps["cache"], 0.5),
-    }
-    rows: list[dict[str, Scalar]] = [
-        {"stage": stage, **{f"{name}_ms": stages[name].get(stage, 0.0) for name in NAMES}}
-        for stage in dict.fromkeys(stage for name in stages for stage in stages[name])
-    ]
-    return TaskResult({**metrics, **memory}, {"breakdown": rows} if rows else {})
+    impls = tuple({impl.name: impl for impl in (DENSE, cache)}.values())
+    case = Case(config.context, impls, batch=config.batch)
+    runs = len(impls) * (config.rounds + config.breakdown)
+    with progress(runs, "timing", "run") as bar:
 
+        def guard(case: Case, impl: Implementation, run: Callable[[], Row]) -> Row:
+            clear(model.device)
+            row: Row = {"status": "ok", **run()}
+            bar.update()
+            return row
 
-def time_generation(
-    model: PreTrainedModel, prompt: Tensor, cache: Cache, new_tokens: int
-) -> tuple[float, list[float]]:
-    """Milliseconds from prompt `[B, T]` to the first token, and of each of `new_tokens` steps after it."""
-    _wait(model)
-    clock = time.perf_counter()
-    token = next_token(model, prompt, cache)
-    _wait(model)
-    first = 1e3 * (time.perf_counter() - clock)
-    steps = []
-    for _ in range(new_tokens):
-        clock = time.perf_counter()
-        token = next_token(model, token, cache)
-        _wait(model)
-        steps.append(1e3 * (time.perf_counter() - clock))
-    return first, steps
-
-
-def time_stages(model: PreTrainedModel, prompt: Tensor, cache: Cache, new_tokens: int) -> dict[str, float]:
-    """Mean milliseconds of each stage of a decode step, over `new_tokens` steps after the prompt."""
-    token = next_token(model, prompt, cache)
-    with StageClock(model, cache) as clock:
-        for _ in range(new_tokens):
-            clock.mark("other")
-            token = next_token(model, token, cache)
-        clock.stop()
-    return {stage: total / new_tokens for stage, total in clock.totals_ms().items()}
-
-
-def next_token(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
-    """The greedy next token `[B, 1]` after ids `[B, N]` and what the cache holds."""
-    logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    return logits[:, -1:].argmax(-1)
-
-
-def _wait(model: PreTrainedModel) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-
-
-def _quantile(values: list[float], share: float) -> float:
-    return torch.tensor(values, dtype=torch.float64).quantile(share).item()
+        compile = resolve_compile(config.compile, model.device)
+        comparison = Comparison(model, config.new_tokens, config.rounds, compile, seed, guard)
+        rows = comparison.speed(case)
+        stages = comparison.stages(case)[1] if config.breakdown else {}
+    ours, dense = rows[cache.name], rows[DENSE.name]
+    times: Row = {}
+    for name in ("ttft", "tpot", "tpot_p90"):
+        times[f"{name}_ms"], times[f"{name}_dense_ms"] = ours[f"{name}_ms"], dense[f"{name}_ms"]
+    tokens = config.batch * (config.context + config.new_tokens + 2)  # two steps warm up
+    memory: Row = {name: ours[name] for name in MEMORY if ours.get(name) is not None}
+    memory |= {"cache_tokens": tokens, "dense_bytes": dense["cache_bytes"]}
+    if "cache_bytes" in memory:
+        memory["cache_ratio"] = float(ours["cache_bytes"] or 0) / (2 * dense_elements(model.config, tokens))
+    return Measured(
+        {
+            "context": config.context,
+            "batch": config.batch,
+            **times,
+            "tpot_ratio": float(dense["tpot_ms"] or 0) / float(ours["tpot_ms"] or 1),
+            "tokens_per_s": ours["tokens_per_s"],
+            "engine": ours["detail"],
+            **memory,
+        },
+        stages,
+    )

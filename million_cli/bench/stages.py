@@ -1,137 +1,28 @@
-"""Which stage of a decode step each kernel belongs to, from the kernels' order alone.
+"""The stages of a decode step, and how the time of steps is divided among them.
 
-Kernels that multiply by weights have the same names wherever they are used, and compiled steps fuse the rest,
-so a name says little.  The order says it: in each layer projections come before attention, the output
-projection is the first product after it, the MLP's follow.  Names tell only products, attention, append and
-the like; which name is which is data (`KINDS`).
+Where the spans of a step come from depends on the device: on a GPU each is a kernel of a replayed step
+(`kernel_stages`), on a CPU what runs between two calls of modules or of the cache (`host_stages`).
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
 
-STAGES = (
-    "embedding",
-    "projections",
-    "rope",
-    "rotation",
-    "append",
-    "flush/encode",
-    "attention kernel",
-    "merge",
-    "output projection",
-    "MLP",
-    "norms",
-    "head",
-    "sampling",
-    "host gap",
-)
-"""In the order of a step.  `host gap` is when nothing runs."""
+from transformers import PreTrainedModel
 
-KINDS: Mapping[str, str] = {
-    "skip": r"splitk_?reduce|splitKreduce|reduce_kernel.*splitk",
-    "encode": r"encode_kernel|grid_kernel",
-    "append": r"append_kernel|index_copy|indexcopy|index_put",
-    "rotation": r"rotat(e|ion)_kernel|rotate_",
-    "merge": r"merge_kernel|splitkv_combine|flash.*combine",
-    "attention": r"mma_decode|lookup_decode|flash_fwd|flash_attn|fmha|sdpa|attention",
-    "sampling": r"argmax|arg_max|ArgMax|exponential|softmax",
-    "embedding": r"embedding|vectorized_gather|indexSelect|gather_kernel",
-    "product": r"gemm|gemv|cutlass|xmma|cublas|nvjet|s16816|triton_tem|splitk|matmul|"
-    r"triton_(red|per)_fused.*_mm(_|$)",
-}
-"""Kind -> what a kernel's name must match, tried in this order; any other kernel is `small`.
-
-`skip` is the second half of a product and counts with what came before it.
-"""
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """One kernel as a profiler recorded it, in microseconds."""
-
-    name: str
-    start_us: float
-    duration_us: float
-
-
-def kind_of(name: str) -> str:
-    """The kind of a kernel, a key of `KINDS` or `small`."""
-    for kind, pattern in KINDS.items():
-        if re.search(pattern, name, re.IGNORECASE):
-            return kind
-    return "small"
-
-
-def stages_of(kinds: Sequence[str]) -> list[str]:
-    """The stage of each kernel of one whole step, given the kinds in order.
-
-    From one layer's attention to the next one's there are its output projection, its MLP and the next one's
-    projections; behind the last one the head takes the place of the projections, and is one product.  The
-    difference tells how many projections there are.  What else is multiplied ahead of the first layer's is
-    `rope` (positions times frequencies).
-    """
-    products = [i for i, kind in enumerate(kinds) if kind == "product"]
-    attentions = [i for i, kind in enumerate(kinds) if kind == "attention"]
-    if not attentions or not products:
-        return ["embedding" if kind == "embedding" else "norms" for kind in kinds]
-    # A step of several attention launches a layer (a split one) has them in a row, without products between.
-    firsts = [
-        at for n, at in enumerate(attentions) if not n or any(attentions[n - 1] < p < at for p in products)
-    ]
-    ends = [*firsts[1:], len(kinds)]
-    inside = [[p for p in products if first < p < end] for first, end in zip(firsts, ends, strict=True)]
-    ahead = [p for p in products if p < firsts[0]]
-    projections = len(inside[0]) - (len(inside[-1]) - 1) if len(firsts) > 1 else len(ahead)
-    stage_of_product: dict[int, str] = {}
-    for place, p in enumerate(ahead):
-        stage_of_product[p] = "projections" if place >= len(ahead) - projections else "rope"
-    for n, of_layer in enumerate(inside):
-        last = n + 1 == len(firsts)
-        tail = 1 if last else projections
-        for place, p in enumerate(of_layer):
-            if place == 0:
-                stage_of_product[p] = "output projection"
-            elif place >= len(of_layer) - tail:
-                stage_of_product[p] = "head" if last else "projections"
-            else:
-                stage_of_product[p] = "MLP"
-    stages: list[str] = []
-    before, attended = "embedding", False  # the latest product's stage, and whether attention came after it
-    for i, kind in enumerate(kinds):
-        if kind == "product":
-            before, attended = stage_of_product[i], False
-            stages.append(before)
-        elif kind == "attention":
-            attended = True
-            stages.append("attention kernel")
-        elif kind == "skip":
-            stages.append(stages[-1] if stages else "norms")
-        elif kind == "append" and not attended and before == "projections":
-            stages.append("append")
-        elif kind in ("encode", "rotation", "merge"):
-            stages.append({"encode": "flush/encode"}.get(kind, kind))
-        elif before == "embedding":
-            stages.append("embedding" if kind == "embedding" else "norms")
-        elif before in ("projections", "rope"):
-            stages.append("merge" if attended else "rope")
-        elif before == "output projection":
-            stages.append("norms")
-        elif before == "MLP":
-            following = next((stage_of_product[p] for p in products if p > i), "head")
-            stages.append("MLP" if following == "MLP" else "norms")
-        else:
-            stages.append("sampling")
-    return stages
+from million_cli.bench.host_stages import host_spans
+from million_cli.bench.kernel_stages import kernel_spans
+from million_cli.bench.spans import STAGES, Span
+from million_cli.report.pictures import plot_stages
+from million_cli.tables import Scalar, write_table
 
 
 class Share(NamedTuple):
-    """What a kernel takes of a step, as the mean over steps."""
+    """What a span of a step takes, as the mean over steps; `kernel` is its name."""
 
     stage: str
     kernel: str
@@ -139,16 +30,24 @@ class Share(NamedTuple):
     us: float
 
 
-def shares(steps: Sequence[Sequence[Kernel]]) -> list[Share]:
-    """Where the time of a step goes, by stage and kernel, in the order of `STAGES`, longest first.
+def measure_stages(step: Callable[[], object], steps: int, model: PreTrainedModel) -> list[Share]:
+    """Run `steps` >= 2 steps of a model and divide their time; the last one only ends the one before."""
+    if model.device.type == "cuda":
+        return shares(kernel_spans(step, steps, model.device))
+    return shares(host_spans(step, steps, model))
+
+
+def shares(steps: Sequence[Sequence[Span]]) -> list[Share]:
+    """How the time of a step is divided, by stage and span, in the order of `STAGES`, longest first.
 
     Args:
-        steps: the kernels of successive steps, each from its first kernel on, plus one more step (or just its
-            first kernel) that ends the last.
+        steps: the spans of successive steps, in order of start, plus one more step (or just its first span)
+            that ends the last.
 
     Returns:
-        Rows whose sum is the mean time from one step's first kernel to the next's, exactly: where kernels
-        overlap the later one counts from the end of the earlier.  The time when nothing runs has no kernel.
+        Rows whose sum is the mean time from one step's first span to the next's, exactly: where spans
+        overlap, the later one counts from the end of the earlier.  The row of `host gap`, when nothing runs,
+        has no name.
     """
     assert len(steps) >= 2
     totals: dict[tuple[str, str], float] = {("host gap", ""): 0.0}
@@ -156,11 +55,11 @@ def shares(steps: Sequence[Sequence[Kernel]]) -> list[Share]:
     for step, following in pairwise(steps):
         end = following[0].start_us
         clock = step[0].start_us
-        for kernel, stage in zip(step, stages_of([kind_of(k.name) for k in step]), strict=True):
-            totals["host gap", ""] += max(0.0, kernel.start_us - clock)
-            begin = max(clock, kernel.start_us)
-            clock = max(clock, min(kernel.start_us + kernel.duration_us, end))
-            key = stage, kernel.name
+        for span in step:
+            totals["host gap", ""] += max(0.0, span.start_us - clock)
+            begin = max(clock, span.start_us)
+            clock = max(clock, min(span.start_us + span.duration_us, end))
+            key = span.stage, span.name
             launches[key] += 1
             totals[key] = totals.get(key, 0.0) + max(0.0, clock - begin)
         totals["host gap", ""] += max(0.0, end - clock)
@@ -174,20 +73,33 @@ def breakdown(rows: Sequence[Share]) -> dict[str, float]:
     return {stage: sum(row.us for row in rows if row.stage == stage) for stage in STAGES}
 
 
-def split_steps(kernels: Sequence[Kernel], count: int) -> list[list[Kernel]]:
-    """Cut a record of kernels into steps of equally many, the same launches each time.
+def write_stages(
+    path: Path, found: Mapping[str, Sequence[Share]], title: str, origin: Mapping[str, Scalar]
+) -> list[Path]:
+    """Write the stages of several implementations: a table, its plot, and the table of all spans.
 
     Args:
-        kernels: of `count` steps, in any order.
+        path: of the table: a row a stage, a column `<implementation>_us` for each.
+        found: by implementation.
+        origin: columns that every row of the table gets too.
 
-    Raises:
-        ValueError: the kernels are not whole steps, so the profiler has lost some.
+    Returns:
+        The files, `path` first; without matplotlib there is no plot.
     """
-    ordered = sorted(kernels, key=lambda kernel: kernel.start_us)
-    if not ordered or len(ordered) % count:
-        raise ValueError(f"{len(ordered)} kernels recorded over {count} steps")
-    size = len(ordered) // count
-    steps = [ordered[i * size : (i + 1) * size] for i in range(count)]
-    if any(kind_of(a.name) != kind_of(b.name) for step in steps for a, b in zip(steps[0], step, strict=True)):
-        raise ValueError("the kernels of the steps differ")
-    return steps
+    stages = {name: breakdown(rows) for name, rows in found.items()}
+    table: list[dict[str, Scalar]] = [
+        {"stage": stage, **{f"{name}_us": round(us[stage], 2) for name, us in stages.items()}, **origin}
+        for stage in STAGES
+    ]
+    write_table(path, table, "breakdown")
+    spans = path.with_name(f"{path.stem}-kernels.csv")
+    launched = [
+        {"impl": name, **row._asdict(), "us": round(row.us, 2)}
+        for name, rows in found.items()
+        for row in rows
+    ]
+    write_table(spans, launched, "breakdown_kernels")
+    used = [stage for stage in STAGES if any(us[stage] for us in stages.values())]
+    bars = {name: {stage: us[stage] / 1e3 for stage in used} for name, us in stages.items()}
+    plot = plot_stages(bars, path.with_suffix(".png"), title)
+    return [path, spans, *([plot] if plot else [])]

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from million_cli.errors import UserError
 from million_cli.hf.models import full_attention_layers
@@ -119,6 +119,18 @@ class DenseCache(Cache):
     def memory(self) -> dict[str, int]:
         """Bytes of the tensors held: `total`."""
         return {"total": sum(keys.nbytes + values.nbytes for keys, values in self.held)}
+
+
+def engine_cache(model: PreTrainedModel, max_length: int) -> Cache:
+    """The dense cache that serves a model best under the engine.
+
+    Returns:
+        A `DenseCache` of `max_length` tokens, or transformers' own where some layers have sliding windows.
+    """
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    if len(full_attention_layers(model.config)) == layers:
+        return DenseCache(model, max_length)
+    return DynamicCache(config=model.config)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,31 @@ def load_model(
     return model.eval(), tokenizer
 
 
+def load_config(name_or_path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The configuration of a model, without its weights; arguments as for `load_model`.
+
+    Raises:
+        UserError: no such model, or a damaged configuration.
+    """
+    source = _resolve_name(name_or_path)
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as error:  # OSError, ValueError, KeyError, ...
+        raise UserError(f"model={name_or_path}: cannot be loaded: {first_line(error)}") from error
+
+
+def shape_config(shape: Mapping[str, Any]) -> PreTrainedConfig:
+    """The configuration of a shape: fields of a transformers configuration with `model_type`.
+
+    Raises:
+        UserError: an unknown model_type or field.
+    """
+    try:
+        return AutoConfig.for_model(**shape)
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(f"model_type={shape.get('model_type')}: {first_line(error)}") from error
+
+
 def random_model(
     config: PreTrainedConfig | dict[str, Any],
     seed: int = 0,
@@ -100,10 +125,7 @@ def random_model(
     """
     torch_dtype = resolve_dtype(dtype)
     if isinstance(config, dict):
-        try:
-            config = AutoConfig.for_model(**config)
-        except (TypeError, ValueError, KeyError) as error:
-            raise UserError(f"model_type={config.get('model_type')}: {first_line(error)}") from error
+        config = shape_config(config)
     torch_device = resolve_device(device)
     with torch.random.fork_rng(devices=[torch_device] if torch_device.type == "cuda" else []), torch_device:
         torch.manual_seed(seed)

@@ -15,11 +15,11 @@ from million_cli.journal import Journal, Journals
 from million_cli.pipelines import Result
 from million_cli.pipelines.caches import Caches
 from million_cli.pipelines.config import JobConfig, typed
-from million_cli.pipelines.plots import plot_table
 from million_cli.pipelines.session import Session
 from million_cli.pipelines.stages import code_digest, locked, stage_key
 from million_cli.pipelines.train_codebook import codebook_metrics
 from million_cli.registry import TASKS
+from million_cli.report.pictures import plot_table
 from million_cli.results import now
 from million_cli.tables import Scalar, write_table
 from million_cli.tasks.base import check_finite, finite_logits

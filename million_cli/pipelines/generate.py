@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache, PreTrainedModel, TextStreamer
 
-from million_cli.engine.dense import DenseCache
+from million_cli.engine.dense import engine_cache
 from million_cli.engine.engine import Engine
 from million_cli.engine.sampler import Sampler
 from million_cli.errors import UserError
-from million_cli.hf.models import full_attention_layers
 from million_cli.pipelines.caches import Caches
 from million_cli.pipelines.config import JobConfig
 from million_cli.pipelines.prompt import encode_prompt
@@ -120,10 +119,9 @@ def settings(model: PreTrainedModel, generation: Generation, chat: bool) -> list
 
 
 def make_engine(session: Session, caches: Caches, length: int, sampler: Sampler | None = None) -> Engine:
-    """The engine with the job's cache; a dense one is static if every layer has full attention."""
+    """The engine with the job's cache for `length` tokens."""
     cache = caches("exact")
-    layers = session.model.config.get_text_config(decoder=True).num_hidden_layers
-    if type(cache) is DynamicCache and len(full_attention_layers(session.model.config)) == layers:
-        cache = DenseCache(session.model, length)
+    if type(cache) is DynamicCache:
+        cache = engine_cache(session.model, length)
     bucket = DENSE_BUCKET if session.device.type == "cuda" else 1
     return Engine(session.model, cache, sampler=sampler, bucket=bucket)

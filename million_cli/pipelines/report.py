@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from million_cli.errors import UserError
 from million_cli.pipelines.config import JobConfig, check
-from million_cli.pipelines.plots import plot_quality
 from million_cli.report import (
     breakdown,
     codebook,
@@ -27,6 +26,7 @@ from million_cli.report import (
 )
 from million_cli.report.exhibit import Column, Exhibit, number
 from million_cli.report.page import write
+from million_cli.report.pictures import plot_quality
 from million_cli.tables import records
 
 if TYPE_CHECKING:

@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import fmean
 
 import pytest
@@ -14,7 +21,9 @@ from transformers import PreTrainedModel
 from million_cli.bench import e2e
 from million_cli.bench.cases import COLUMNS, Config
 from million_cli.bench.e2e import Bench, DeviceLost, main
-from million_cli.bench.runners import EngineRunner, layer_codes
+from million_cli.bench.implementations import IMPLEMENTATIONS, Dense
+from million_cli.bench.runners import EngineRunner
+from million_cli.errors import UserError
 from million_cli.hydra_app import compose
 from million_cli.pipelines import run
 
@@ -62,12 +71,13 @@ def test_rows_of_all_caches(tmp_path):
 
 
 def test_bits_by_layer_average_to_those_of_the_name():
-    for bits, expected in (("4bit", 4), ("3bit", 3), ("2bit", 2), ("4bit-mixed", 4)):
-        specs = layer_codes(bits, 32, 128)
+    for name, expected in (("paged-4bit", 4), ("paged-3bit", 3), ("paged-2bit", 2), ("paged-4bit-mixed", 4)):
+        specs = IMPLEMENTATIONS[name].codes(32, 128)
         assert fmean((of.keys.bits_per_element + of.values.bits_per_element) / 2 for of in specs) == expected
         assert len(specs) == 32
-    assert [of.keys.M for of in layer_codes("4bit-mixed", 8, 64)] == [16, 16, 32, 32, 32, 32, 32, 64]
-    assert layer_codes("dense", 32, 128) is None
+    mixed = IMPLEMENTATIONS["paged-4bit-mixed"].codes(8, 64)
+    assert [of.keys.M for of in mixed] == [16, 16, 32, 32, 32, 32, 32, 64]
+    assert IMPLEMENTATIONS["dense"].codes(32, 128) is None
 
 
 def test_all_caches_make_the_same_kind_of_step(tmp_path, monkeypatch):
@@ -87,39 +97,53 @@ def test_all_caches_make_the_same_kind_of_step(tmp_path, monkeypatch):
 def test_a_second_run_goes_on_where_the_first_stopped(tmp_path, monkeypatch):
     first = bench(tmp_path, case(), case(batch=1)).run()
     lines = (tmp_path / "e2e.jsonl").read_text().splitlines()
-    monkeypatch.setattr(Bench, "_measure", None)  # nothing is left to do
+    monkeypatch.setattr(Bench, "measure", None)  # nothing is left to do
     assert bench(tmp_path, case(), case(batch=1)).run() == json.loads(json.dumps(first))
     assert (tmp_path / "e2e.jsonl").read_text().splitlines() == lines
 
 
-def test_what_fails_is_a_row(tmp_path, monkeypatch):
-    original = e2e.make_runner
+@dataclass(frozen=True)
+class Calling(Dense):
+    """The dense engine, after a call of the test's own."""
 
-    def fails(impl, *arguments, **options):
-        if impl == "dense":
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB\nmore")
-        if impl == "transformers-dynamic":
-            raise ValueError("bad shape\nsecond line")
-        return original(impl, *arguments, **options)
+    name: str = ""
+    call: Callable[[], object] = lambda: None
 
-    monkeypatch.setattr(e2e, "make_runner", fails)
-    rows = {row["impl"]: row for row in bench(tmp_path, case()).run()}
-    assert {impl: row["status"] for impl, row in rows.items()} == {
-        "paged-4bit": "ok",
-        "dense": "oom",
-        "transformers-dynamic": "error",
-    }
-    assert rows["dense"]["note"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate 20 GiB"
-    assert rows["transformers-dynamic"]["note"] == "ValueError: bad shape"
+    def runner(self, job):
+        self.call()
+        return super().runner(job)
 
 
-def test_a_missing_package_is_a_row(tmp_path, monkeypatch):
-    def missing(*arguments, **options):
-        raise ImportError("pip install optimum-quanto")
+@pytest.fixture
+def calling(monkeypatch):
+    """Adds an implementation that makes a call first."""
 
-    monkeypatch.setattr(e2e, "make_runner", missing)
-    (row,) = bench(tmp_path, case(["transformers-quanto"])).run()
-    assert row["status"] == "unavailable"
+    def add(name, call):
+        monkeypatch.setitem(IMPLEMENTATIONS, name, Calling(name, call))
+        return name
+
+    return add
+
+
+def raising(error):
+    def call():
+        raise error
+
+    return call
+
+
+def test_what_fails_is_a_row(tmp_path, calling):
+    memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB\nmore")
+    impls = [
+        "paged-4bit",
+        calling("large", raising(memory)),
+        calling("wrong", raising(ValueError("bad shape\nsecond line"))),
+        calling("absent", raising(ImportError("pip install optimum-quanto"))),
+    ]
+    rows = {row["impl"]: row for row in bench(tmp_path, case(impls)).run()}
+    assert [row["status"] for row in rows.values()] == ["ok", "oom", "error", "unavailable"]
+    assert rows["large"]["note"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate 20 GiB"
+    assert rows["wrong"]["note"] == "ValueError: bad shape"
 
 
 def test_quantized_caches_of_transformers_where_installed(tmp_path):
@@ -129,29 +153,66 @@ def test_quantized_caches_of_transformers_where_installed(tmp_path):
     assert 0 < row["cache_ratio"] < 2
 
 
-def test_a_process_that_died_is_remembered(tmp_path, monkeypatch):
-    def dies(*_):
-        raise KeyboardInterrupt
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from test_bench_e2e import Calling, bench, case
+from million_cli.bench.implementations import IMPLEMENTATIONS
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Bench, "_measure", dies)
+def die():
+    if "now" in sys.argv:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+IMPLEMENTATIONS["deadly"] = Calling("deadly", die)
+torch.set_num_threads(1)
+bench(Path(sys.argv[1]), case(["dense", "deadly"]), case(["dense"], batch=1), rounds=1).run()
+"""
+
+
+def run_in_a_process(out, *arguments):
+    """The exit code of a run whose second row kills its process if `now` is among the arguments."""
+    here = os.path.dirname(__file__)
+    paths = [here, os.path.dirname(here), *sys.path]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    command = [sys.executable, "-c", KILLED, str(out), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, timeout=50).returncode
+
+
+def statuses(out):
+    return [(row["impl"], row["batch"], row["status"]) for row in read(out / "e2e.csv")]
+
+
+def test_a_row_that_killed_its_process_is_measured_again(tmp_path):
+    assert run_in_a_process(tmp_path, "now") == -signal.SIGKILL
+    assert run_in_a_process(tmp_path) == 0
+    assert statuses(tmp_path) == [("dense", "2", "ok"), ("deadly", "2", "ok"), ("dense", "1", "ok")]
+
+
+def test_a_row_that_kills_every_process_is_given_up(tmp_path):
+    """Its neighbours are measured, and nothing is tried a third time."""
+    assert [run_in_a_process(tmp_path, "now") for _ in range(3)] == [-signal.SIGKILL, -signal.SIGKILL, 0]
+    assert statuses(tmp_path) == [("dense", "2", "ok"), ("deadly", "2", "died"), ("dense", "1", "ok")]
+    (died,) = (row for row in read(tmp_path / "e2e.csv") if row["status"] == "died")
+    assert died["note"] == "the process ended in 2 of 2 attempts"
+
+
+def test_an_interruption_is_not_an_attempt(tmp_path, calling):
+    for error in (KeyboardInterrupt, KeyboardInterrupt, KeyboardInterrupt):
         with pytest.raises(KeyboardInterrupt):
-            bench(tmp_path, case(["dense"]), case(["dense"], batch=1)).run()
-    rows = bench(tmp_path, case(["dense"]), case(["dense"], batch=1)).run()
-    assert [row["status"] for row in rows] == ["died", "ok"]
+            bench(tmp_path, case([calling("slow", raising(error()))])).run()
+    calling("slow", lambda: None)
+    assert [row["status"] for row in bench(tmp_path, case(["slow"])).run()] == ["ok"]
 
 
-def test_a_lost_device_ends_the_process_after_its_row(tmp_path, monkeypatch):
-    def fails(*arguments, **options):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
+def test_a_lost_device_ends_the_process_after_its_row(tmp_path, calling, monkeypatch):
+    error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    cases = case([calling("lost", raising(error))]), case(["dense"], batch=1)
     with monkeypatch.context() as patch:
-        patch.setattr(e2e, "make_runner", fails)
-        patch.setattr(Bench, "_device_works", lambda self: False)
+        patch.setattr(e2e, "device_works", lambda device: False)
         with pytest.raises(DeviceLost, match="illegal memory access"):
-            bench(tmp_path, case(["dense"]), case(["dense"], batch=1)).run()
-    rows = bench(tmp_path, case(["dense"]), case(["dense"], batch=1)).run()
-    assert [row["status"] for row in rows] == ["error", "ok"]
+            bench(tmp_path, *cases).run()
+    assert [row["status"] for row in bench(tmp_path, *cases).run()] == ["error", "ok"]
 
 
 def test_the_budget_skips_what_comes_last(tmp_path):
@@ -175,14 +236,37 @@ def test_the_largest_batch(tmp_path, monkeypatch):
     assert row["cache_ratio"] == pytest.approx(2 * 156 / 154)
 
 
-def test_orders_alternate(tmp_path, monkeypatch):
-    order = []
-    original = e2e.make_runner
-    monkeypatch.setattr(
-        e2e, "make_runner", lambda impl, *a, **o: order.append(impl) or original(impl, *a, **o)
+def test_stages_of_all_are_in_one_table_and_sum_to_the_step(tmp_path):
+    rows = bench(tmp_path, case(["paged-4bit", "dense"], what="breakdown")).run()
+    assert [row["status"] for row in rows] == ["ok", "ok"]
+    names = [f"breakdown-tiny-random-150-2{end}" for end in (".csv", "-kernels.csv", ".png")]
+    assert rows[0]["detail"].split("; ")[1:] == names
+    table = read(tmp_path / names[0])
+    spans = read(tmp_path / names[1])
+    for impl in ("paged-4bit", "dense"):
+        total = sum(float(row[f"{impl}_us"]) for row in table)
+        assert total == pytest.approx(sum(float(s["us"]) for s in spans if s["impl"] == impl), abs=1)
+        assert total > 0
+
+
+def test_a_model_that_does_not_fit_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(e2e, "free_memory", lambda: 8_000_000_000)
+    monkeypatch.setattr(Bench, "measure", None)
+    cases = case(["dense"]), {"model": "llama-2-7b-shape", "context": 32768, "impls": ["paged-4bit"]}
+    with pytest.raises(UserError) as error:
+        bench(tmp_path, *cases)
+    # 6.74e9 weights of 4 bytes; 32 layers of 32 heads, K and V, 128 wide, of 32768 + 3 tokens.
+    needed = 4 * (6738415616 + 2 * 32 * 32 * 128 * 32771) / 1e9
+    assert str(error.value).startswith(
+        f"bench.cases: model=llama-2-7b-shape, context=32768, batch=1 needs {needed:.1f} GB of memory and "
+        "there are 8.0 GB; accepted are"
     )
-    bench(tmp_path, case(), rounds=3).run()
-    assert order == [*IMPLS, *reversed(IMPLS), *IMPLS]
+
+
+def test_the_suite_of_a_cpu_fits(tmp_path, monkeypatch):
+    monkeypatch.setattr(e2e, "free_memory", lambda: 2_000_000_000)
+    run = Bench(Config(**{**compose(["bench=e2e"]).bench}), tmp_path, CPU)
+    assert {case.model for case in run.cases} == {"reference"}
 
 
 def test_the_verb_and_the_module(tmp_path, capsys):
@@ -193,4 +277,7 @@ def test_the_verb_and_the_module(tmp_path, capsys):
     assert str(tmp_path / "e2e.csv") in capsys.readouterr().out
     module, cases = str(tmp_path / "m"), "cases=[{model: tiny-random, context: 99, impls: [dense]}]"
     assert main([module, cases, "new_tokens=2", "compile=none", "rounds=1", "device=cpu"]) == 0
-    assert read(tmp_path / "m" / "e2e.csv")[0]["context"] == "99"
+    (row,) = read(tmp_path / "m" / "e2e.csv")
+    assert row["context"] == "99"
+    assert shlex.split(row["command"])[:4] == ["python", "-m", "million_cli.bench.e2e", module]
+    assert shlex.split(row["command"])[4] == cases

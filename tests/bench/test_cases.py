@@ -1,67 +1,15 @@
-"""Cases, times and searches of the end-to-end benchmark, with runners that do nothing."""
+"""Cases and settings of the end-to-end benchmark: what is accepted, and what comes out."""
 
 from __future__ import annotations
-
-import itertools
 
 import pytest
 import torch
 
-from million_cli.bench import cases as e2e
-from million_cli.bench.cases import Case, Config, Times, largest_batch, measure_round
+from million_cli.bench.cases import Config, resolve_compile
+from million_cli.bench.implementations import DENSE, IMPLEMENTATIONS, PQ, STATIC
 from million_cli.errors import UserError
 
-
-class Recorder:
-    def __init__(self):
-        self.calls = []
-
-    def __getattr__(self, name):
-        return lambda *arguments: self.calls.append((name, *(a for a in arguments if isinstance(a, int))))
-
-
-@pytest.fixture
-def ticking(monkeypatch):
-    counter = itertools.count()
-    monkeypatch.setattr(e2e.time, "perf_counter", lambda: float(next(counter)))
-
-
-def test_a_round_reads_warms_and_steps(ticking):
-    runner, times = Recorder(), Times()
-    case = Case(16, ("dense",), batch=2)
-    for _ in range(2):
-        measure_round(runner, case, torch.zeros(2, 16), 3, torch.device("cpu"), times)
-    first = [("prefill",), ("reset",), ("prefill",), ("warm", 3), *[("step",)] * 3]
-    assert runner.calls == first + first[2:]
-    assert times.ttft == [1000.0] * 2
-    assert times.steps == [1000.0] * 6
-    assert times.row(2) == {
-        "ttft_ms": 1000.0, "tpot_ms": 1000.0, "tpot_p90_ms": 1000.0, "tokens_per_s": 2.0,
-    }  # fmt: skip
-
-
-def test_filling_gives_no_time_to_first_token(ticking):
-    runner, times = Recorder(), Times()
-    measure_round(
-        runner, Case(16, ("dense",), batch=2, fill=True), torch.zeros(2, 16), 3, torch.device("cpu"), times
-    )
-    assert runner.calls[:2] == [("fill", 2, 16), ("warm", 3)]
-    assert times.row(2)["ttft_ms"] is None
-
-
-@pytest.mark.parametrize("most", [1, 5, 100])
-@pytest.mark.parametrize("guess", [1, 4, 50, 1000])
-def test_the_largest_batch_is_found_wherever_one_starts(guess, most):
-    for limit in range(0, 101, 7):
-        tried = []
-
-        def fits(batch, limit=limit, tried=tried):
-            assert batch not in tried
-            tried.append(batch)
-            return batch <= limit
-
-        assert largest_batch(fits, guess, most) == min(limit, most)
-        assert len(tried) <= 16
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def test_mistakes_are_named():
@@ -70,14 +18,44 @@ def test_mistakes_are_named():
         ({"impls": ["fast"]}, r"impls=fast: accepted are dense, paged-4bit"),
         ({"what": "all"}, r"what=all"),
         ({"batch": 0}, r"batch=0: accepted are integers from 1"),
+        ({"new_tokens": 0}, r"new_tokens=0: accepted are integers from 1"),
         ({"contxt": 8}, r"unknown key bench\.cases\.contxt"),
     ):
         with pytest.raises(UserError, match=message):
-            Config(cases=[{**good, **change}]).parsed()
+            Config(cases=[{**good, **change}]).parsed(CPU)
     with pytest.raises(UserError, match="a case without context"):
-        Config(cases=[{"impls": ["dense"]}]).parsed()
+        Config(cases=[{"impls": ["dense"]}]).parsed(CPU)
     with pytest.raises(UserError, match=r"bench\.rounds=0"):
         Config(rounds=0)
+    with pytest.raises(UserError, match=r"bench\.compile=fast: accepted are auto, none, default, tuned"):
+        resolve_compile("fast", CPU)
+
+
+def test_names_are_of_objects():
+    assert IMPLEMENTATIONS["paged-4bit"] == PQ("paged", 4)
+    assert IMPLEMENTATIONS["paged-4bit-mixed"] == PQ("paged", 4, mixed=True)
+    assert {name: impl.name for name, impl in IMPLEMENTATIONS.items()} == {n: n for n in IMPLEMENTATIONS}
+    assert {name for name, impl in IMPLEMENTATIONS.items() if not impl.ours} == {
+        "transformers-dynamic", "transformers-static", "transformers-quanto", "transformers-hqq",
+    }  # fmt: skip
+
+
+def test_steps_are_compiled_where_compiling_pays():
+    assert resolve_compile("auto", CUDA) == "default"
+    assert resolve_compile("auto", CPU) == "none"
+    assert resolve_compile("tuned", CPU) == "tuned"
+    assert (DENSE.compiled("tuned"), STATIC.compiled("tuned")) == ("tuned", "reduce-overhead")
+    assert IMPLEMENTATIONS["transformers-dynamic"].compiled("tuned") == "none"
+
+
+def test_the_suite_is_that_of_the_device():
+    settings = {"cuda": [{"context": 9, "impls": ["dense"]}], "cpu": [{"context": 8, "impls": ["dense"]}]}
+    assert [c.context for c in Config(suites=settings).parsed(CPU)] == [8]
+    assert [c.context for c in Config(suites=settings).parsed(CUDA)] == [9]
+    mine = [{"context": 7, "impls": ["dense"]}]
+    assert [c.context for c in Config(suites=settings, cases=mine).parsed(CPU)] == [7]
+    with pytest.raises(UserError, match="there are none for device=cpu"):
+        Config().parsed(CPU)
 
 
 def test_breakdown_adds_a_case_of_our_own_engines():
@@ -87,9 +65,9 @@ def test_breakdown_adds_a_case_of_our_own_engines():
             {"context": 8, "impls": ["transformers-static"]},
         ],
         breakdown=True,
-    ).parsed()
+    ).parsed(CPU)
     assert [(c.what, c.impls, c.fill, c.batch) for c in cases] == [
-        ("speed", ("dense", "transformers-static"), False, 2),
-        ("breakdown", ("dense",), True, 2),
-        ("speed", ("transformers-static",), False, 1),
+        ("speed", (DENSE, STATIC), False, 2),
+        ("breakdown", (DENSE,), True, 2),
+        ("speed", (STATIC,), False, 1),
     ]

@@ -8,6 +8,7 @@ from tape_graphs import TapeGraphs
 from tiny_models import WINDOW, codebook_for, tiny_model
 from transformers.cache_utils import DynamicCache
 
+from million_cli.bench import fill as fill_module
 from million_cli.bench.fill import fill
 from million_cli.engine.dense import DenseCache
 from million_cli.engine.engine import Engine
@@ -15,6 +16,7 @@ from million_cli.errors import UserError
 from million_cli.hf.cache import DynamicPQCache, PagedPQCache
 from million_cli.hf.select import Kernels
 
+BOOK = codebook_for("llama")
 ON_DEVICE = Kernels(lambda query: None, DeviceOps)
 
 
@@ -44,7 +46,15 @@ def test_steps_go_on_from_random_keys_and_values():
         engine.step()
 
 
-def test_a_cache_without_steps_is_refused():
-    engine = Engine(tiny_model(), DynamicCache(config=tiny_model().config))
-    with pytest.raises(UserError, match=r"fill: .*DynamicCache"):
-        fill(engine, 1, 100)
+@pytest.mark.parametrize(
+    "make", [lambda m: DynamicCache(config=m.config), lambda m: PagedPQCache(m, BOOK, WINDOW)]
+)
+def test_a_cache_without_steps_is_appended_to(make, monkeypatch):
+    monkeypatch.setattr(fill_module, "CHUNK", 48)
+    engine = Engine(tiny_model(), make(tiny_model()))
+    assert engine.steps is None
+    fill(engine, 2, 100)
+    for _ in range(3):
+        engine.step()
+    assert engine.cache.get_seq_length() == 103
+    assert engine.logits.isfinite().all()

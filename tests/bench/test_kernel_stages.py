@@ -6,15 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from million_cli.bench.stages import (
-    STAGES,
-    Kernel,
-    breakdown,
-    kind_of,
-    shares,
-    split_steps,
-    stages_of,
-)
+from million_cli.bench.kernel_stages import Kernel, kind_of, split_steps, staged, stages_of
+from million_cli.bench.spans import STAGES
+from million_cli.bench.stages import breakdown, shares
 
 GEMV = "void gemvNSP_kernel<__half, __half, __half, float, 1, 32, 4, 1024>"
 GEMM = "nvjet_hsh_64x8_64x16_4x1_v_bz_TNT"
@@ -34,13 +28,13 @@ GATHER = "void at::native::(anonymous namespace)::vectorized_gather_kernel<16, l
 
 PQ_LAYER = [
     (NORM, "norms"), (GEMV, "projections"), (SPLIT, "projections"), (GEMM, "projections"),
-    (GEMM, "projections"), (ELEMENT, "rope"), (APPEND, "append"), (OURS, "attention kernel"),
+    (GEMM, "projections"), (ELEMENT, "rope"), (APPEND, "append"), (OURS, "attention"),
     (GEMM, "output projection"), (NORM, "norms"), (GEMM, "MLP"), (GEMM, "MLP"), (ELEMENT, "MLP"),
     (GEMM, "MLP"), (SPLIT, "MLP"),
 ]  # fmt: skip
 DENSE_LAYER = [
     (NORM, "norms"), (GEMM, "projections"), (GEMM, "projections"), (GEMM, "projections"), (ELEMENT, "rope"),
-    (INDEX_COPY, "append"), (INDEX_COPY, "append"), (FLASH, "attention kernel"), (COMBINE, "merge"),
+    (INDEX_COPY, "append"), (INDEX_COPY, "append"), (FLASH, "attention"), (COMBINE, "merge"),
     (GEMM, "output projection"), (NORM, "norms"), (GEMM, "MLP"), (GEMM, "MLP"), (ELEMENT, "MLP"),
     (GEMM, "MLP"),
 ]  # fmt: skip
@@ -59,7 +53,7 @@ def test_fused_projections_and_no_gate():
     """One product for q, k and v, two in the MLP, as in Phi-3."""
     layer = [
         (NORM, "norms"), (GEMM, "projections"), (ELEMENT, "rope"), (APPEND, "append"),
-        (CUDNN, "attention kernel"),
+        (CUDNN, "attention"),
         (ELEMENT, "merge"), (GEMM, "output projection"), (ELEMENT, "norms"), (GEMM, "MLP"), (ELEMENT, "MLP"),
         (GEMM, "MLP"),
     ]  # fmt: skip
@@ -70,7 +64,7 @@ def test_fused_projections_and_no_gate():
 FREQUENCIES = "void cutlass::Kernel2<cutlass_80_simt_sgemm_128x32_8x5_tn_align1>(Params)"
 JOINED_LAYER = [
     (GEMM, "projections"), (SPLIT, "projections"), (ELEMENT, "rope"), (APPEND, "append"),
-    (OURS, "attention kernel"), ("void million::merge_kernel<million::Merge<128, 1>>(P)", "merge"),
+    (OURS, "attention"), ("void million::merge_kernel<million::Merge<128, 1>>(P)", "merge"),
     (GEMM, "output projection"), (NORM, "norms"), (GEMM, "MLP"),
     ("triton_poi_fused__unsafe_view_mm_silu_slice_4", "MLP"), (GEMM, "MLP"), (SPLIT, "MLP"), (NORM, "norms"),
 ]  # fmt: skip
@@ -121,7 +115,7 @@ def test_stages_and_gaps_sum_to_the_step(step, count):
             clock = max(clock, start + duration)
         clock += 5.0
     steps = split_steps(record[::-1], count + 1)
-    found = breakdown(shares(steps))
+    found = breakdown(shares(staged(steps)))
     assert tuple(found) == STAGES
     assert min(found.values()) >= 0
     assert sum(found.values()) == pytest.approx((steps[-1][0].start_us - steps[0][0].start_us) / count)
@@ -132,11 +126,11 @@ def test_time_is_given_to_the_kernel_that_runs():
         [Kernel(GEMM, 0, 10), Kernel(OURS, 8, 10), Kernel(GEMM, 20, 5), Kernel(GEMM, 25, 5)],
         [Kernel(GEMM, 32, 10)],
     ]
-    rows = shares(steps)
+    rows = shares(staged(steps))
     assert rows[0] == ("projections", GEMM, 1, 10)
     found = {stage: us for stage, us in breakdown(rows).items() if us}
     assert found == {
-        "projections": 10, "attention kernel": 8, "output projection": 5, "head": 5, "host gap": 4,
+        "projections": 10, "attention": 8, "output projection": 5, "head": 5, "host gap": 4,
     }  # fmt: skip
 
 

@@ -3,7 +3,8 @@
 import pytest
 
 from million_cli.bench import kernels as kernel_bench
-from million_cli.bench.kernels import CASES, COLUMNS, ENCODE_CASES, LOOKUP_CASES, Case, Config
+from million_cli.bench.kernel_cases import CASES, ENCODE_CASES, LOOKUP_CASES, Case, Config
+from million_cli.bench.kernels import COLUMNS
 from million_cli.errors import UserError
 from million_cli.ops.fragment import DSUBS
 

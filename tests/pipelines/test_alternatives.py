@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from million_cli.codecs import Shape
+from million_cli.conf import conf_folder
 from million_cli.errors import UserError
-from million_cli.hydra_app import compose, conf_folder
+from million_cli.hydra_app import compose
 from million_cli.pipelines.config import checked
 from million_cli.pipelines.evaluate import run_evaluate
 from million_cli.registry import CODECS

@@ -7,9 +7,9 @@ import pytest
 from million_cli.errors import UserError
 from million_cli.hydra_app import compose
 from million_cli.pipelines import report as pipeline
-from million_cli.pipelines.plots import plot_breakdown, plot_quality, plot_table
 from million_cli.pipelines.report import columns_for, report, table
 from million_cli.report import style
+from million_cli.report.pictures import plot_quality, plot_stages, plot_table
 from million_cli.tables import append_row, frame_of, read_results
 
 
@@ -132,20 +132,20 @@ def test_jobs_leave_pictures_beside_their_tables(tmp_path):
         "perplexity": 2.0,
         "perplexity_dense": 2.0,
     }
-    stage = {"stage": "MLP", "dense_ms": 1, "cache_ms": 2}
+    bars = {"dense": {"MLP": 1.0}, "paged": {"MLP": 2.0}}
     for path in (
         plot_quality(frame_of([row(), row(kind="contiguous", bits_nominal="2")], "job"), tmp_path / "q.png"),
         plot_table("passkey", [cell], tmp_path / "r.png", "pq"),
         plot_table("positions", [bucket], tmp_path / "p.png", "pq"),
-        plot_breakdown([stage], tmp_path / "b.png", "model", "paged"),
+        plot_stages(bars, tmp_path / "b.png", "model"),
     ):
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_without_matplotlib_there_is_no_plot_and_no_error(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(style, "available", lambda: False)
-    stage = {"stage": "MLP", "dense_ms": 1, "cache_ms": 2}
-    assert plot_breakdown([stage], tmp_path / "x.png", "m", "paged") is None
+    bars = {"dense": {"MLP": 1.0}, "paged": {"MLP": 2.0}}
+    assert plot_stages(bars, tmp_path / "x.png", "m") is None
     assert plot_quality(frame_of([row()], "job"), tmp_path / "x.png") is None
     append_row(tmp_path / "results.csv", row(), "job")
     report(compose([f"out={tmp_path}"]))

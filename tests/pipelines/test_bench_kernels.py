@@ -6,7 +6,7 @@ import csv
 
 import pytest
 
-from million_cli.bench import kernel_verb as kernel_bench
+from million_cli.bench import kernels
 from million_cli.bench.kernels import COLUMNS
 from million_cli.errors import UserError
 from million_cli.hydra_app import compose
@@ -31,7 +31,7 @@ def test_rows_become_a_csv_and_a_short_table(tmp_path, monkeypatch, capsys):
         yield from ROWS
 
     monkeypatch.setattr(compiled, "load", lambda: None)
-    monkeypatch.setattr(kernel_bench, "bench", bench)
+    monkeypatch.setattr(kernels, "bench", bench)
     (result,) = run("bench", job_of(f"out={tmp_path}", "bench.batch=[4]"))
     assert result.device == "a GPU"
     assert result.metrics["read_tb_per_s"] == 4.3

@@ -49,22 +49,6 @@ def plot_quality(rows: pd.DataFrame, path: Path) -> Path | None:
     return path
 
 
-def plot_breakdown(rows: Sequence[Mapping[str, Any]], path: Path, model: str, cache: str) -> Path | None:
-    """Stacked bars, dense and the cache under test: milliseconds of a decode step by stage.
-
-    Args:
-        rows: `stage`, `dense_ms`, `cache_ms`.
-
-    Returns:
-        `path`, or None without matplotlib.
-    """
-    bars = {
-        name: {str(row["stage"]): float(row[column]) for row in rows}
-        for name, column in (("dense", "dense_ms"), (cache, "cache_ms"))
-    }
-    return plot_stages(bars, path, model)
-
-
 def plot_stages(bars: Mapping[str, Mapping[str, float]], path: Path, title: str) -> Path | None:
     """A stacked bar a cache: milliseconds of a decode step by stage, the first stage below.
 
