@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
 import os
 import shlex
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import fmean
@@ -95,10 +94,10 @@ def test_all_caches_make_the_same_kind_of_step(tmp_path, monkeypatch):
 
 
 def test_a_second_run_goes_on_where_the_first_stopped(tmp_path, monkeypatch):
-    first = bench(tmp_path, case(), case(batch=1)).run()
+    first = bench(tmp_path, case(), case(batch=1), rounds=1).run()
     lines = (tmp_path / "e2e.jsonl").read_text().splitlines()
     monkeypatch.setattr(Bench, "measure", None)  # nothing is left to do
-    assert bench(tmp_path, case(), case(batch=1)).run() == json.loads(json.dumps(first))
+    assert bench(tmp_path, case(), case(batch=1), rounds=1).run() == json.loads(json.dumps(first))
     assert (tmp_path / "e2e.jsonl").read_text().splitlines() == lines
 
 
@@ -153,45 +152,38 @@ def test_quantized_caches_of_transformers_where_installed(tmp_path):
     assert 0 < row["cache_ratio"] < 2
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import torch
-from test_bench_e2e import Calling, bench, case
-from million_cli.bench.implementations import IMPLEMENTATIONS
+def run_in_a_process(out, *impls):
+    """The exit code of a run of its own process; only what it leaves in `out` is seen here."""
+
+    def work():
+        cases = case(impls), case(["dense"], batch=1)
+        bench(out, *cases, rounds=1).run()
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join()
+    return process.exitcode
+
 
 def die():
-    if "now" in sys.argv:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-IMPLEMENTATIONS["deadly"] = Calling("deadly", die)
-torch.set_num_threads(1)
-bench(Path(sys.argv[1]), case(["dense", "deadly"]), case(["dense"], batch=1), rounds=1).run()
-"""
-
-
-def run_in_a_process(out, *arguments):
-    """The exit code of a run whose second row kills its process if `now` is among the arguments."""
-    here = os.path.dirname(__file__)
-    paths = [here, os.path.dirname(here), *sys.path]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    command = [sys.executable, "-c", KILLED, str(out), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, timeout=50).returncode
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def statuses(out):
     return [(row["impl"], row["batch"], row["status"]) for row in read(out / "e2e.csv")]
 
 
-def test_a_row_that_killed_its_process_is_measured_again(tmp_path):
-    assert run_in_a_process(tmp_path, "now") == -signal.SIGKILL
-    assert run_in_a_process(tmp_path) == 0
+def test_a_row_that_killed_its_process_is_measured_again(tmp_path, calling):
+    assert run_in_a_process(tmp_path, "dense", calling("deadly", die)) == -signal.SIGKILL
+    assert run_in_a_process(tmp_path, "dense", calling("deadly", lambda: None)) == 0
     assert statuses(tmp_path) == [("dense", "2", "ok"), ("deadly", "2", "ok"), ("dense", "1", "ok")]
 
 
-def test_a_row_that_kills_every_process_is_given_up(tmp_path):
+def test_a_row_that_kills_every_process_is_given_up(tmp_path, calling):
     """Its neighbours are measured, and nothing is tried a third time."""
-    assert [run_in_a_process(tmp_path, "now") for _ in range(3)] == [-signal.SIGKILL, -signal.SIGKILL, 0]
+    calling("deadly", die)
+    codes = [run_in_a_process(tmp_path, "dense", "deadly") for _ in range(3)]
+    assert codes == [-signal.SIGKILL, -signal.SIGKILL, 0]
     assert statuses(tmp_path) == [("dense", "2", "ok"), ("deadly", "2", "died"), ("dense", "1", "ok")]
     (died,) = (row for row in read(tmp_path / "e2e.csv") if row["status"] == "died")
     assert died["note"] == "the process ended in 2 of 2 attempts"
