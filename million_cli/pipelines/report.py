@@ -55,6 +55,9 @@ QUALITY: tuple[Column, ...] = (
     ("kl_e3", "KL e-3", number(".2f")),
     ("kl_se_e3", "+-", number(".2f")),
     ("top1_agreement", "top-1 %", number(".1f", 100)),
+    ("drift_kl_e3", "drift KL e-3", number(".2f")),
+    ("drift_top1_agreement", "top-1 %", number(".1f", 100)),
+    ("drift_first_difference", "differs at", number(".0f")),
     ("recall", "recall %", number(".1f", 100)),
     ("recall_dense", "dense %", number(".1f", 100)),
     ("longbench_average", "LongBench", number(".2f")),
@@ -98,6 +101,9 @@ FILES = (
     "breakdown_plot",
     "positions_table",
     "positions_plot",
+    "drift_table",
+    "drift_plot",
+    "drift_answers_table",
     "passkey_table",
     "passkey_plot",
     "longbench_table",
@@ -185,7 +191,8 @@ def columns_for(row: Row) -> tuple[Column, ...]:
     if row.get("tpot_ms"):
         return SPEED
     judged = any(
-        row.get(column) for column in ("perplexity", "recall", "longbench_average", "lm_eval_average")
+        row.get(column)
+        for column in ("perplexity", "drift_kl_e3", "recall", "longbench_average", "lm_eval_average")
     )
     return QUALITY if judged else TRAINING
 

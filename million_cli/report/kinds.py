@@ -75,6 +75,10 @@ KINDS: dict[str, Kind] = {
         needs={"first": COUNT, "last": COUNT, "kl_e3": ANY, "perplexity": COUNT, "perplexity_dense": COUNT},
         may={"kl_se_e3": COUNT, "perplexity_change_percent": ANY, "bits": COUNT},
     ),
+    "drift": Kind(
+        needs={"first": COUNT, "last": COUNT, "kl_e3": ANY, "perplexity": COUNT, "perplexity_dense": COUNT},
+        may={"kl_se_e3": COUNT, "perplexity_change_percent": ANY, "top1_agreement": SHARE, "bits": COUNT},
+    ),
     "longbench": Kind(texts=("task",), may=SCORES),
     "lm_eval": Kind(texts=("task",), may=SCORES),
     "breakdown": Kind(texts=("stage",), may={"context": POSITIVE, "ms": COUNT}),
@@ -93,6 +97,7 @@ KINDS: dict[str, Kind] = {
     "speed": Kind(texts=("impl",), needs={"context": POSITIVE}, may=TIMES),
     "largest": Kind(texts=("impl",), needs={"context": POSITIVE}, may=TIMES),
     # To be read, not drawn: answers and kernels one by one, and what figures have drawn already.
+    "drift_answers": Kind(),
     "longbench_samples": Kind(),
     "lm_eval_samples": Kind(),
     "breakdown_kernels": Kind(),

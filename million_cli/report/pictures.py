@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("million")
 
-PICTURES = {"passkey": recall.picture, "positions": positions.picture}
+PICTURES = {"passkey": recall.picture, "positions": positions.picture, "drift": positions.picture}
 """Name of a task's table -> from its rows and the quantizer's name to a figure."""
 
 

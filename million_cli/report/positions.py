@@ -27,12 +27,13 @@ ENDS = (
 
 
 def exhibits(rows: Sequence[Row]) -> list[Exhibit]:
-    """One a model and text: KL and perplexity by position, a line a quantizer."""
+    """One a model, text and length (of windows or answers): KL and perplexity, a line a quantizer."""
     found = []
-    for (model, text), members in by(rows, "model", "text").items():
+    for (model, text, what, context), members in by(rows, "model", "text", "what", "context").items():
         lines = _lines(members)
         ends = [end for label, line in lines.items() if (end := growth(label, line))]
-        where = ", ".join(filter(None, [model, f"text: {text}" if text else ""]))
+        of = f"{what or 'windows'} of {context} tokens" if context else ""
+        where = ", ".join(filter(None, [model, f"text: {text}" if text else "", of]))
         ratios = [f"{float(e['growth']):.2f} with {e['label'] or 'codes'}" for e in ends if e["growth"]]
         answer = (
             f"KL of the last quarter of the window over that of the second: {join(ratios)}." if ratios else ""
@@ -41,7 +42,7 @@ def exhibits(rows: Sequence[Row]) -> list[Exhibit]:
             Exhibit(
                 section="Loss by position in the context",
                 kind="positions",
-                name=slug("positions", model, text),
+                name=slug("positions", model, text, what, context),
                 title=where,
                 words=(
                     "Each window is read from its first token; the position is that of the predicting token. "
@@ -110,4 +111,8 @@ def paint(figure: Any, lines: dict[str, list[Row]]) -> None:
 
 def picture(rows: Sequence[Row], label: str) -> Any:
     """The figure of one measurement's table."""
-    return draw(lambda figure: paint(figure, {label: list(rows)}), 7.6, 3.2)
+    parts = by(rows, "context")
+    lines = {
+        label if len(parts) == 1 else f"{label}, {context} tokens": line for (context,), line in parts.items()
+    }
+    return draw(lambda figure: paint(figure, lines), 7.6, 3.2)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("million")
 
 SUITE_COMMAND = "scripts/gpu_suite.sh"
-TABLES = ("passkey", "positions", "longbench", "lm_eval", "breakdown")
+TABLES = ("passkey", "positions", "drift", "longbench", "lm_eval", "breakdown")
 """Kinds of tables that jobs name (in a column `<kind>_table`) and figures draw."""
 
 
@@ -270,6 +270,7 @@ def _breakdown(data: Data, rows: list[Row], kind: str) -> None:
 TAKERS: dict[str, Callable[[Data, list[Row], str], None]] = {
     "passkey": _into("recall"),
     "positions": _into("positions"),
+    "drift": _into("positions"),
     "longbench": _suite,
     "lm_eval": _suite,
     "breakdown": _breakdown,

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_models import tiny_model
+from transformers import LlamaConfig
+from transformers.cache_utils import DynamicCache
 
 from million_cli.errors import UserError
+from million_cli.hf.models import random_model
 from million_cli.pq import decode, encode
 from million_cli.tasks import perplexity
-from million_cli.tasks.perplexity import Comparison, Config, cut_windows, measure
+from million_cli.tasks.perplexity import (
+    Comparison,
+    Config,
+    context_lengths,
+    cut_windows,
+    find_head,
+    measure,
+    read_states,
+)
 from million_cli.text import Text
 
 SMALL = {"context": 96, "max_tokens": 96 * 5, "batch": 2}
@@ -31,7 +44,7 @@ def test_the_dense_cache_agrees_with_itself_exactly(tiny, text):
 def test_dense_perplexity_is_the_model_loss_without_a_cache(tiny, text):
     config = Config(**SMALL)
     found = measure(tiny.model, tiny.tokenizer, tiny.caches(), text, config, 0).metrics
-    ids = cut_windows(tiny.model, tiny.tokenizer, text, config)
+    ids = cut_windows(tiny.tokenizer(text.content).input_ids[:480], 96, text.source)
     with torch.no_grad():
         logits = tiny.model(input_ids=ids, use_cache=False).logits[:, :-1]
     loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
@@ -48,7 +61,7 @@ def test_one_forward_pass_equals_decoding_token_by_token(tiny, text, kind):
     assert results["parallel"]["kl_e3"] > 0.01  # codes were seen
     assert results["parallel"].keys() == results["step"].keys()
     for name, value in results["parallel"].items():
-        expected = value if isinstance(value, str) else pytest.approx(value, rel=1e-7)
+        expected = value if value is None or isinstance(value, str) else pytest.approx(value, rel=1e-7)
         assert results["step"][name] == expected, name
 
 
@@ -181,6 +194,64 @@ def test_settings_out_of_range_are_refused(settings, message):
         Config(**settings)
 
 
-def test_the_window_defaults_to_the_context_of_the_model(tiny, text):
-    windows = cut_windows(tiny.model, tiny.tokenizer, text, Config())
-    assert windows.shape == (3000 // 256, 256)
+def test_lengths_default_to_1k_2k_and_the_models_context_as_far_as_both_allow(tiny):
+    def lengths(longest, tokens, **settings):
+        model = SimpleNamespace(config=LlamaConfig(max_position_embeddings=longest))
+        return context_lengths(model, tokens, Config(**settings))
+
+    assert lengths(8192, 10**6) == [1024, 2048, 8192]
+    assert lengths(8192, 5000) == [1024, 2048]
+    assert lengths(2048, 10**6) == [1024, 2048]
+    assert lengths(1500, 10**6) == [1024, 1500]
+    assert lengths(256, 10**6) == [256]
+    assert lengths(8192, 10**6, context=512) == [512]
+    assert lengths(8192, 10, contexts=[4096, 512, 512]) == [512, 4096]
+    with pytest.raises(UserError, match=r"task.contexts=9000: accepted are 2 to 8192"):
+        lengths(8192, 10**6, contexts=[512, 9000])
+
+
+def test_each_length_has_its_columns_and_rows(tiny, text):
+    several = measure(tiny.model, tiny.tokenizer, tiny.caches(), text, Config(contexts=[64, 128, 256]), 0)
+    for context in (64, 128, 256):
+        config = Config(context=context)
+        alone = measure(tiny.model, tiny.tokenizer, tiny.caches(), text, config, 0)
+        for name in ("kl_e3", "kl_e3_last_quarter", "perplexity", "perplexity_dense", "top1_agreement"):
+            assert several.metrics[f"{name}_at_{context}"] == alone.metrics[name], name
+        rows = [row for row in several.tables["positions"] if row["context"] == context]
+        assert rows == alone.tables["positions"]
+    assert several.metrics["context"] == 256
+    assert several.metrics["kl_e3"] == several.metrics["kl_e3_at_256"]
+    growth = several.metrics["kl_e3_last_quarter"] / several.metrics["kl_e3_first_quarter"]
+    assert several.metrics["kl_growth"] == pytest.approx(growth)
+    assert "kl_growth_at_64" in several.metrics
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_logits_by_chunks_of_states_are_the_models_own(architecture, monkeypatch):
+    shape = {**tiny_model(architecture).config.to_dict(), "final_logit_softcapping": 5.0}
+    model = random_model(shape, dtype="float64")
+    head = find_head(model)
+    assert (head is None) == (architecture == "gemma2")  # whose logits are capped
+    ids = torch.arange(40)[None] % 61
+    monkeypatch.setattr(perplexity, "CHUNK_ELEMENTS", 61 * 7)
+    sums = []
+    with torch.no_grad():
+        for h in (head, None):
+            comparison = Comparison()
+            states = [read_states(model, ids, DynamicCache(config=model.config), h, n) for n in (None, 3)]
+            comparison.add(*states, ids, h)
+            sums.append(comparison.metrics())
+    assert sums[0]["nll"] == pytest.approx(sums[1]["nll"], rel=1e-12)
+    assert sums[0]["top1_agreement"] == sums[1]["top1_agreement"] == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"context": 64, "contexts": [64]}, "accepted is one of them"),
+        ({"contexts": []}, r"task.contexts=\[\]"),
+    ],
+)
+def test_lengths_are_given_once(settings, message):
+    with pytest.raises(UserError, match=message):
+        Config(**settings)
