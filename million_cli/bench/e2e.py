@@ -304,6 +304,8 @@ def main(arguments: list[str]) -> int:
         if key == "device":
             device = value
         elif key == "seed":
+            if not value.isdecimal():
+                raise UserError(f"seed={value}: accepted are integers from 0")
             seed = int(value)
         elif key in settings:
             settings[key] = yaml.safe_load(value)

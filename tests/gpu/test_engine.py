@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache
 from million_cli.bench.cases import Config
 from million_cli.bench.e2e import Bench
 from million_cli.bench.fill import fill
+from million_cli.bench.models import Source
 from million_cli.bench.stages import breakdown, measure_stages
 from million_cli.cache.side_stream import SideStream
 from million_cli.engine.dense import DenseCache, DenseSteps
@@ -358,9 +359,9 @@ def test_rows_of_the_benchmark(tmp_path: Path) -> None:
         {"context": 1000, "batch": 2, "impls": ["paged-4bit", "dense", "transformers-static"], "fill": True},
         {"context": 1000, "batch": 2, "impls": ["paged-4bit", "dense"], "fill": True, "what": "breakdown"},
     ]
-    bench = Bench(
-        Config(cases=cases, new_tokens=8), tmp_path, torch.device("cuda", 0), own_model=lambda: model
-    )
+    device = torch.device("cuda", 0)
+    own = Source("own", None, None, device, loaded=lambda: model)
+    bench = Bench(Config(cases=cases, new_tokens=8), tmp_path, device, own=own)
     rows = bench.run()
     assert [row["status"] for row in rows] == ["ok"] * len(rows), [row["note"] for row in rows]
     assert all("graph" in str(row["detail"]) for row in rows if not str(row["impl"]).startswith("trans"))
