@@ -21,7 +21,7 @@ from million_cli.files import CANNOT_WRITE, reason
 from million_cli.registry import BENCHES
 from million_cli.signals import Stopped, stopping
 
-# Numbers stay text here: the configuration's schema checks them and names what is wrong.
+# Numbers stay text here: the configuration's schema checks them and names the mistake.
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 EPILOG = (
     "Everything else is a Hydra override (key=value, e.g. quantizer=pq-3bit cache.page_size=128) or a Hydra "
@@ -54,7 +54,7 @@ Dataset = Annotated[
 Codebook = Annotated[str | None, typer.Option("--codebook", help="A trained codebook (default: train one).")]
 Paged = Annotated[bool, typer.Option("--paged", help="Keep codes in pages (cache=paged).")]
 PageSize = Annotated[
-    str | None, typer.Option("--page-size", "--page_size", help="Tokens a page.", metavar="N")
+    str | None, typer.Option("--page-size", "--page_size", help="Tokens per page.", metavar="N")
 ]
 ExtendedResidual = Annotated[
     str | None,
@@ -66,7 +66,7 @@ ExtendedResidual = Annotated[
     ),
 ]
 MaxPages = Annotated[
-    str | None, typer.Option("--max-pages", "--max_pages", help="Size of the page pool.", metavar="N")
+    str | None, typer.Option("--max-pages", "--max_pages", help="Pages in the pool.", metavar="N")
 ]
 Subspaces = Annotated[
     str | None, typer.Option("-M", help="Subspaces of keys and of values, in all layers.", metavar="N")
@@ -76,7 +76,7 @@ Half = Annotated[bool, typer.Option("--half", help="Run the model in float16.")]
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:<number>.")]
 Seed = Annotated[
     str | None,
-    typer.Option("--seed", help="Of samples, training, prompts and random weights.", metavar="N"),
+    typer.Option("--seed", help="Seed of samples, training, prompts and random weights.", metavar="N"),
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Make any fallback an error.")]
 Out = Annotated[str | None, typer.Option("--out", help="Folder for results (default: outputs).")]
@@ -118,7 +118,7 @@ def sample(
 ) -> None:
     """Read the calibration text and keep a sample of keys and values.
 
-    An interrupted run goes on where it stopped.
+    An interrupted run continues where it stopped.
 
     Example: million sample --model /models/Llama-3.1-8B --dataset my.txt sample.tokens=200000
     """
@@ -137,7 +137,7 @@ def train_codebook(
     seed: Seed = None,
     out: Out = None,
 ) -> None:
-    """Train codebooks from the sample, which is taken first if need be.
+    """Train codebooks from the sample; take the sample first if there is none.
 
     Example: million train-codebook --model /models/Llama-3.1-8B quantizer=pq-3bit
     """
@@ -162,7 +162,7 @@ def evaluate(
     strict: Strict = False,
     out: Out = None,
 ) -> None:
-    """Measure what quantizing costs: perplexity and KL, recall, or LongBench.
+    """Measure the cost of quantization: perplexity and KL, recall, or LongBench.
 
     Without a codebook one is trained first.
 
@@ -203,7 +203,7 @@ def bench(
     Examples: million bench --paged --breakdown bench.context=4096; million bench kernel bench.heads=[32/8];
     million bench e2e bench.budget_s=400
     """
-    if what is not None:  # an override, or for Hydra's parser to refuse, unless it is one of ours
+    if what is not None:  # an override unless it names a benchmark; Hydra's parser refuses anything else
         ctx.args.insert(0, f"bench={what}" if what in BENCHES.own else what)
     _run("bench", ctx)
 
@@ -286,7 +286,7 @@ def generate(
     from million_cli.hydra_app import compose
     from million_cli.pipelines.given import refuse_unread
 
-    if prompt is not None and prompt_file is not None:  # the first override, then
+    if prompt is not None and prompt_file is not None:  # then it is the first override
         ctx.args.insert(0, prompt)
         prompt = None
     arguments = _arguments(ctx)
@@ -316,8 +316,8 @@ def report(
 ) -> None:
     """Make one HTML page and PNG files of any result CSVs, under OUT/report.
 
-    Quality against bits, loss by position, recall, task scores, speed, time by stage, codebook errors; each
-    with its table, command and commit.
+    Figures: quality against bits, loss by position, recall, task scores, speed, time by stage, codebook
+    errors; each with its table, command and commit.
 
     Example: million report results/ --codebook outputs/codebooks/mine.safetensors
     """
@@ -333,7 +333,7 @@ def report(
 
 @app.command()
 def doctor() -> None:
-    """Say what is installed, what works here, and why what does not."""
+    """Show installed versions, what works on this machine, and why the rest does not."""
     from million_cli.doctor import diagnose
 
     raise typer.Exit(diagnose())
@@ -422,10 +422,10 @@ def _run(verb: str, ctx: typer.Context, text: str = "task") -> None:
 
 
 def _arguments(ctx: typer.Context, text: str = "task") -> list[str]:
-    """The command's own options as overrides, before those the user wrote (the later one wins)."""
+    """The command's options as overrides, before the user's own overrides (the last one wins)."""
     options = {name: value for name, value in ctx.params.items() if value is not None and value is not False}
     overrides: list[str] = []
-    uniform = ["quantizer.bits=null"]  # all layers as they are told, not by a budget
+    uniform = ["quantizer.bits=null"]  # the same codes in all layers, no budget
     for name, value in options.items():
         match name:
             case "model":
@@ -470,8 +470,8 @@ def dataset_overrides(value: str, node: str) -> list[str]:
 
 
 def quote(value: str) -> str:
-    """A value as Hydra's override grammar reads it back unchanged."""
-    # In quotes a backslash means itself, except before a quote; "${" would be an interpolation.
+    """Quote a value so that Hydra's override grammar reads it back unchanged."""
+    # In quotes a backslash is literal, except before a quote; "${" would be an interpolation.
     value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
     value = re.sub(r"(\\*)'", r"\1\1\\'", value)
     value = re.sub(r"(\\+)$", r"\1\1", value)

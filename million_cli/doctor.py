@@ -1,4 +1,4 @@
-"""`million doctor`: what is installed, what works here, and why what does not."""
+"""`million doctor`: installed versions, what works on this machine, and why the rest does not."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Line = tuple[str, str]
 
 
 def diagnose() -> int:
-    """Print the findings; gives 0 if the torch path works, else 1."""
+    """Print the findings.  Returns 0 if the torch path works, else 1."""
     for lines in (_versions, _folders, names, _optional, _devices):
         for name, finding in lines():
             print(f"{name:<14}{finding}", flush=True)
@@ -44,7 +44,11 @@ def diagnose() -> int:
 
 
 def self_test() -> int:
-    """Sample, train and generate with a random model of two layers on the CPU; gives the tokens generated."""
+    """Sample, train and generate with a random model of two layers on the CPU.
+
+    Returns:
+        The number of generated tokens.
+    """
     import torch
 
     from million_cli import PagedPQCache
@@ -109,7 +113,7 @@ def names() -> Iterator[Line]:
 def _optional() -> Iterator[Line]:
     faiss = [name for name in ("faiss-cpu", "faiss-gpu") if version(name) != "not installed"]
     if len(faiss) == 2:
-        yield "faiss", "faiss-cpu and faiss-gpu exclude each other: remove one"
+        yield "faiss", "faiss-cpu and faiss-gpu cannot be installed together: remove one"
     elif importlib.util.find_spec("faiss") is None:
         yield (
             "faiss",
@@ -145,5 +149,5 @@ def _devices() -> Iterator[Line]:
         )
     yield (
         "compiled",
-        kernels.library if kernels.ready else f"{kernels.library}; everything runs by the torch path",
+        kernels.library if kernels.ready else f"{kernels.library}; all caches use the torch path",
     )

@@ -1,4 +1,4 @@
-"""Between the command line and the pipelines: composes a job's configuration, runs it, keeps its record.
+"""Composes a job's configuration, runs its pipeline and saves its record.
 
 Every outcome of a job becomes its record, so one bad job does not stop a sweep, on any launcher.  Only an
 interruption does: the job records it and raises it again.  The exit code follows from the records of the run.
@@ -42,7 +42,7 @@ EXIT_CODES: dict[Status, int] = {"ok": 0, "failed": 1, "refused": 2, "interrupte
 
 
 class Outcome(Callback):
-    """A Hydra callback: remembers in this process where the run that has just ended left its results."""
+    """A Hydra callback that keeps, in this process, the output folder of the run that has just ended."""
 
     out: Path | None = None
 
@@ -88,7 +88,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
 
 
 def compose(arguments: Sequence[str]) -> JobConfig:
-    """The configuration that overrides give, without a Hydra run: no folders, no logs, no sweep.
+    """Compose a configuration from overrides without a Hydra run: no folders, no logs, no sweep.
 
     Raises:
         UserError: it does not compose or a value is out of range.
@@ -111,7 +111,7 @@ def to_job_config(config: DictConfig) -> JobConfig:
         UserError: a value is missing, of the wrong type or out of range.
     """
     try:
-        # Merged once more: `+key=value` gets past the schema that Hydra composed into.
+        # Merged once more, because Hydra lets `+key=value` past the schema.
         plain = OmegaConf.to_container(config)
         job = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(JobConfig), plain))
     except Exception as error:
@@ -121,7 +121,9 @@ def to_job_config(config: DictConfig) -> JobConfig:
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Hydra's flags (with their values) and overrides; its parser refuses overrides on both sides of a flag.
+    """Separate Hydra's flags (with their values) from overrides.
+
+    Hydra's parser refuses overrides on both sides of a flag.
 
     Raises:
         UserError: a flag that Hydra does not know, or an argument that is no override.
@@ -157,7 +159,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def harness_task(override: str) -> list[str]:
-    """`task=lm_eval/<name>` (also several, and `+task@also.x=`) as overrides; any other one as it is.
+    """Expand `task=lm_eval/<name>` (also several, and `+task@also.x=`); return any other override unchanged.
 
     The harness has thousands of tasks, which have no files of their own under `conf/task`.
 
@@ -224,7 +226,7 @@ def _job(verb: str, run_id: str, command: str, config: DictConfig) -> None:
 
 
 def _finish(table: Path, run_id: str) -> int:
-    """Show what the run measured, and turn its records into an exit code."""
+    """Print the run's measurements and turn the statuses of its records into an exit code."""
     rows = read_results(table)
     rows = rows[rows["run"] == run_id]
     assert len(rows), f"run {run_id} left no record in {table}"
@@ -259,7 +261,7 @@ def _register_schema(arguments: Sequence[str]) -> None:
 
 
 class _full_errors:  # noqa: N801 - a context manager
-    """Let Hydra's own errors out as exceptions; it would print several lines and exit otherwise."""
+    """Make Hydra raise its errors; by default it prints several lines and exits."""
 
     def __enter__(self) -> None:
         self.before = os.environ.get("HYDRA_FULL_ERROR")
@@ -282,7 +284,7 @@ def _raise_as_user_error(error: Exception) -> NoReturn:
 
 
 def one_line(error: BaseException) -> str:
-    """What a composition error says, in one line that names the value and what is accepted."""
+    """A composition error as one line that names the value and the accepted ones."""
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = (error.missing_cfg_file or "").rpartition("/")
         return f"{group}={name}: accepted are {', '.join(sorted(error.options))}"

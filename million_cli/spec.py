@@ -1,4 +1,4 @@
-"""What is quantised and how: plain values that every other module agrees on.  No tensors here.
+"""Shapes of codes, windows and models, shared by all modules.  No tensors here.
 
 Letters used everywhere: B batch, Hq/Hkv query and key/value heads, G = Hq / Hkv, T tokens, D head_dim,
 M subspaces, C = 2**nbits centroids a subspace, dsub = D / M, P page size, R residual window, S splits.
@@ -46,7 +46,7 @@ class CodeSpec:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one token's codes of one head as a row: codes bit-packed, rows byte-aligned."""
+        """Bytes of the codes of one token and head: bit-packed, the row padded to whole bytes."""
         return (self.M * self.nbits + 7) // 8
 
     @property
@@ -57,7 +57,7 @@ class CodeSpec:
 
 @dataclass(frozen=True)
 class PQSpec:
-    """Codes of keys and of values; the two sides are independent."""
+    """Codes of keys and of values, independent of each other."""
 
     keys: CodeSpec
     values: CodeSpec
@@ -73,10 +73,10 @@ class PQSpec:
 
 @dataclass(frozen=True)
 class WindowSpec:
-    """Which tokens are codes and which are exact: pages of P tokens behind a residual window of at most R.
+    """Pages of P coded tokens, followed by a residual window of fewer than R exact tokens.
 
-    When the window holds R tokens its oldest P are encoded, so after any append it holds between R - P and
-    R - 1 tokens (fewer while the text is shorter than R).
+    When the window holds R tokens, its oldest P are encoded.  After any append it therefore holds R - P to
+    R - 1 tokens (fewer while the text is shorter than R - P).
 
     Raises:
         UserError: page_size is not a multiple of 16 in 16..256, or residual is not a multiple of page_size
@@ -96,7 +96,7 @@ class WindowSpec:
             )
 
     def coded_length(self, length: int) -> int:
-        """Number of oldest tokens held as codes once `length` tokens have been appended.
+        """Number of tokens that are codes, the oldest ones, after `length` tokens have been appended.
 
         Example: P=64, R=128: 127 -> 0, 128 -> 64, 191 -> 64, 192 -> 128.
         """
@@ -105,7 +105,7 @@ class WindowSpec:
 
 @dataclass(frozen=True)
 class ModelFingerprint:
-    """What a codebook must agree on with the model it serves.
+    """Identity of a model; a codebook serves only models with its own fingerprint.
 
     `layers` are the indices of the full-attention layers (sliding-window layers keep dense caches);
     `weights` is a digest of the key and value projections, `rope_theta` the base of the rotary embedding,
@@ -121,7 +121,7 @@ class ModelFingerprint:
     rope_theta: float | None = None
 
     def differences(self, other: ModelFingerprint) -> list[str]:
-        """One line a field that differs, naming both values; empty if they agree."""
+        """One line for each field that differs, with both values; empty if they agree."""
         return [
             f"{f.name}: {getattr(self, f.name)!r} != {getattr(other, f.name)!r}"
             for f in fields(self)

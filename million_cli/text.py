@@ -1,6 +1,6 @@
-"""Text to calibrate on and to judge on: shipped excerpts, local files, hub datasets, synthetic text.
+"""Calibration and test texts: shipped excerpts, local files, hub datasets, synthetic text.
 
-Every text carries the hash of its content, so a codebook is never judged on the text it was trained on.
+Every text carries the hash of its content, so that no codebook is evaluated on its own calibration text.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from pathlib import Path
 from million_cli.errors import UserError
 
 EXCERPTS = Path(__file__).resolve().parent / "assets" / "text"
-"""Where the shipped excerpts lie (attribution beside them)."""
+"""Folder of the shipped excerpts, with their attribution."""
 
 SUFFIXES = (".txt", ".txt.xz", ".xz", ".md")
-"""Files that a folder is searched for."""
+"""Endings of the files that are read from a folder."""
 
 
 @dataclass
 class TextConfig:
-    """Which text: `path` (a file or folder) wins over `dataset` (a name in `DATASETS`).
+    """Which text: `path` (a file or folder) if given, else `dataset` (a name in `DATASETS`).
 
     Attributes:
         dataset: name of a known text.
         split: train, validation or test (hub datasets only).
         path: a .txt or .xz file, or a folder of them (read in order of their names).
-        max_chars: keep that many characters from the start; None keeps all.
-        seed: of synthetic text.
+        max_chars: keep this many characters from the start; None keeps all.
+        seed: seed of synthetic text.
     """
 
     dataset: str = "wikitext2-test-excerpt"
@@ -43,7 +43,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class Text:
-    """A text, where it came from, and the SHA-256 of its UTF-8 bytes."""
+    """A text, its source, and the SHA-256 of its UTF-8 bytes."""
 
     content: str
     source: str
@@ -54,7 +54,7 @@ class Text:
 
 
 def load_text(config: TextConfig) -> Text:
-    """The text a configuration names.
+    """The text that a configuration names.
 
     Raises:
         UserError: unknown name, missing or unreadable file, empty text, or the hub cannot be reached.
@@ -78,10 +78,10 @@ def load_text(config: TextConfig) -> Text:
 
 
 def read_path(path: Path) -> str:
-    """A text file, plain or .xz, or all of those in a folder, joined by blank lines.
+    """A text file, plain or .xz, or all text files of a folder, joined by blank lines.
 
     Raises:
-        UserError: nothing there, no text files in the folder, or no UTF-8.
+        UserError: no such file or folder, no text files in the folder, or the text is not UTF-8.
     """
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
@@ -98,9 +98,9 @@ def read_path(path: Path) -> str:
 
 
 def synthetic_text(seed: int, chars: int = 40_000) -> str:
-    """Seeded nonsense with the statistics that matter here: a Zipf vocabulary and text that repeats itself.
+    """Seeded random words with a Zipf vocabulary.
 
-    A third of the sentences return from earlier on, so attending far back pays off for a model that can.
+    A third of the sentences repeat earlier ones, so that long-range attention lowers the loss.
     """
     rng = random.Random(seed)
     letters = "etaoinshrdlucmfwypvbgkqjxz"
@@ -128,7 +128,7 @@ def _excerpt(name: str) -> Callable[[TextConfig], str]:
 
 @dataclass(frozen=True)
 class HubText:
-    """A text on the hub: what `datasets.load_dataset` takes, the text's column, and what joins its rows."""
+    """A text on the hub: arguments of `datasets.load_dataset`, the column, and the string between rows."""
 
     path: str
     column: str
@@ -138,10 +138,10 @@ class HubText:
 
 
 HUB: dict[str, HubText] = {
-    # WikiText rows are lines with their line ends; PTB rows are sentences without.
+    # WikiText rows are lines that end in a newline; PTB rows are sentences without one.
     "wikitext2": HubText("Salesforce/wikitext", "text", "", name="wikitext-2-raw-v1"),
     "wikitext103": HubText("Salesforce/wikitext", "text", "", name="wikitext-103-raw-v1"),
-    # The repository holds a loading script, which datasets no longer runs; the hub's own conversion works.
+    # The repository holds a loading script, which datasets no longer runs; the Parquet conversion works.
     "ptb": HubText(
         "parquet",
         "sentence",
@@ -157,7 +157,9 @@ def _from_hub(config: TextConfig) -> str:
     if config.split not in splits:
         raise UserError(f"unknown split {config.split!r} of {config.dataset}; accepted: {', '.join(splits)}")
     text = HUB[config.dataset]
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # one line of ours instead of its retries
+    logging.getLogger("huggingface_hub").setLevel(
+        logging.ERROR
+    )  # our one line replaces the messages of its retries
     try:
         import datasets
 
@@ -167,7 +169,7 @@ def _from_hub(config: TextConfig) -> str:
             rows = datasets.load_dataset(text.path, data_files=files, split=config.split)
         else:
             rows = datasets.load_dataset(text.path, text.name, split=config.split)
-    except Exception as error:  # the hub client raises a dozen kinds
+    except Exception as error:  # the hub client raises a dozen types
         cause = " ".join(str(error).split())[:160]
         raise UserError(
             f"cannot load dataset {config.dataset} from the hub: {type(error).__name__}: {cause}; "
@@ -184,4 +186,4 @@ DATASETS: dict[str, Callable[[TextConfig], str]] = {
     "synthetic": lambda config: synthetic_text(config.seed),
     **dict.fromkeys(HUB, _from_hub),
 }
-"""Name -> loader of every text that needs no path.  Add a text here and a file under conf/data."""
+"""Name -> loader of each text without a path.  A new text needs an entry here and a file in conf/data."""

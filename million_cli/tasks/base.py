@@ -1,12 +1,12 @@
-"""What every task takes and gives.
+"""The interface of tasks: `Config`, `measure`, `TaskResult`.
 
 A task is a module with a `Config` (its configuration, a dataclass) and a `measure` function:
 
     measure(model, tokenizer, caches, text, config, seed) -> TaskResult
 
-`caches` makes the cache under test; the dense cache it is compared with, the task makes itself.  A task that
-reads something else than a text has `load(config)`; what that gives, with a `sha256`, takes the text's place.
-One that says `RESUMABLE = True` also takes `journals` and keeps there what it has made so far.
+`caches` makes the cache under test; the task itself makes the dense cache that it compares with.  A task that
+reads no text has `load(config)`; its result, with a `sha256`, replaces the text.  A task with
+`RESUMABLE = True` also takes `journals`, and keeps there the results so far.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ Scalar = str | int | float | bool | None
 
 
 class CacheFactory(Protocol):
-    """Makes an empty cache for one batch; `prefill` says what several tokens at once attend to.
+    """Makes an empty cache for one batch; `prefill` selects what the tokens of one pass attend to.
 
-    exact: exact K and V of all that was not coded before; quantized: what each would see if they came one by
-    one; distort: codes for everything, their own K and V included (what the MILLION paper evaluates).
+    exact: exact K and V of all tokens that were not coded before the pass.
+    quantized: the codes and window that each token would see when decoded one by one.
+    distort: codes for all tokens, their own K and V included (as the MILLION paper evaluates).
     """
 
     def __call__(self, prefill: Prefill) -> Cache: ...
@@ -48,7 +49,7 @@ class TaskResult:
 
 
 def check_task(config: Any, **least: int) -> None:
-    """Raise UserError unless the settings named are None or at least that, and `prefill` is accepted."""
+    """Raise UserError if a setting is below its least value (None passes), or `prefill` is not accepted."""
     prefill = getattr(config, "prefill", "exact")
     if prefill not in ("quantized", "exact"):
         raise UserError(f"task.prefill={prefill}: accepted are quantized, exact")
@@ -126,7 +127,7 @@ def memory_metrics(cache: Cache, dense: Cache) -> dict[str, Scalar]:
     shared: dict[str, Scalar] = {"cache_tokens": _tokens(dense), "dense_bytes": dense_bytes}
     memory = getattr(cache, "memory", None)
     if memory is None and hasattr(cache, "bits"):
-        return {"bits_nominal": cache.bits}  # a simulation: its bytes mean nothing
+        return {"bits_nominal": cache.bits}  # simulated: its bytes are not those of the codes
     if memory is None:
         own = sum(t.nbytes for t in _tensors(cache))
         return {
@@ -160,7 +161,7 @@ def memory_of_prompt(model: PreTrainedModel, cache: Cache, ids: Sequence[int]) -
 
 
 def longest_context(model: PreTrainedModel) -> int:
-    """Tokens that the model was made for."""
+    """The model's context length, in tokens."""
     return int(getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 2048))
 
 

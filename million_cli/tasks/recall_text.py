@@ -67,7 +67,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class RecallPrompt:
-    """A prompt and what must follow it.
+    """A prompt and the answer that must follow it.
 
     `answer` begins with the space that separates it from the prompt; `facts` are all facts in the order of
     the text, `asked` is the one in question; `tokens` is the prompt's length, without special tokens.
