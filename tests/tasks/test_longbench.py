@@ -16,8 +16,10 @@ from million_cli.errors import UserError
 from million_cli.hydra_app import compose
 from million_cli.journal import Journal, Journals
 from million_cli.pipelines.evaluate import run_evaluate
+from million_cli.pipelines.session import byte_tokenizer
 from million_cli.tasks.longbench import data, task
 from million_cli.tasks.longbench.data import Sample, Samples
+from million_cli.tasks.longbench.datasets import DATASETS
 from million_cli.tasks.longbench.task import Config, Question, generate, measure
 from million_cli.text import synthetic_text
 
@@ -81,11 +83,16 @@ def test_scores_are_means_by_dataset_and_category_beside_the_dense_cache(tiny, b
         "dense": pytest.approx(200 / 3),
     }
     rows = result.tables["longbench_samples"]
+    assert metrics["longbench_cut"] == 6
+    whole = DATASETS["qasper"].prompt.format(
+        context=SAMPLES.datasets["qasper"][2].context, input="question 2"
+    )
     assert [row["id"] for row in rows] == ["0", "1", "2", "3", "4", "5"]
     assert rows[2] == {
         "task": "qasper",
         "id": "2",
         "tokens": 60,
+        "tokens_cut": len(byte_tokenizer()(whole).input_ids) - 60,
         "score": 100.0,
         "dense": 0.0,
         "prediction": "wrong",

@@ -37,7 +37,7 @@ from million_cli.tasks.base import (
 from million_cli.tasks.longbench import data
 from million_cli.tasks.longbench.data import Sample, Samples
 from million_cli.tasks.longbench.datasets import DATASETS, Dataset
-from million_cli.tasks.longbench.prompting import fit, no_room
+from million_cli.tasks.longbench.prompting import encode, fit, no_room
 
 logger = logging.getLogger("million")
 
@@ -89,6 +89,7 @@ class Config:
 class Question:
     """A sample as it is asked: prompt ids, how many tokens may follow, which end the answer.
 
+    `cut` counts the tokens of the prompt that were cut out of its middle to fit.
     `key` names the sample and everything that its answer depends on but model, cache and code.
     """
 
@@ -98,6 +99,7 @@ class Question:
     stops: list[int]
     min_new_tokens: int
     key: str
+    cut: int = 0
 
 
 def load(config: Config) -> Samples:
@@ -129,7 +131,8 @@ def measure(
     Returns:
         longbench_<dataset> (mean score of its samples, 0 to 100), longbench_average (mean over datasets),
         longbench_overall (mean over categories of their datasets' means, the paper's), each also with
-        `_dense`; longbench_n (samples); the bytes of `memory_metrics` for the longest prompt.  The table
+        `_dense`; longbench_n (samples), longbench_cut (those whose prompt was cut);
+        the bytes of `memory_metrics` for the longest prompt.  The table
         `longbench` has a row a dataset, `longbench_samples` a row a sample.
 
     Raises:
@@ -170,7 +173,12 @@ def measure(
             logger.info("%s: %.2f, dense %.2f", name, summary[-1]["score"], summary[-1]["dense"])
     memory = memory_of_prompt(model, caches(prefill), longest)
     return TaskResult(
-        {**_metrics(summary), "longbench_n": len(rows), **memory},
+        {
+            **_metrics(summary),
+            "longbench_n": len(rows),
+            "longbench_cut": sum(row["tokens_cut"] > 0 for row in rows),  # type: ignore[operator]
+            **memory,
+        },
         {"longbench": summary, "longbench_samples": rows},
     )
 
@@ -189,7 +197,8 @@ def ask(model: PreTrainedModel, tokenizer: Any, name: str, sample: Sample, confi
     at_least = int(dataset.stop_at_newline)
     text = json.dumps([ids, new_tokens, stops, at_least, config.prefill, config.batch])
     key = f"{name}/{sample.id}/{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    return Question(sample, ids, new_tokens, stops, at_least, key)
+    cut = max(0, len(encode(tokenizer, prompt, chat)) - len(ids))
+    return Question(sample, ids, new_tokens, stops, at_least, key, cut)
 
 
 def answer(
@@ -237,6 +246,7 @@ def _row(name: str, dataset: Dataset, question: Question, ours: str, dense: str)
         "task": name,
         "id": sample.id,
         "tokens": len(question.ids),
+        "tokens_cut": question.cut,
         "score": 100 * dataset.score(ours, sample.answers, sample.classes),
         "dense": 100 * dataset.score(dense, sample.answers, sample.classes),
         "prediction": ours,
