@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from small_job import SMALL_JOB
 
-from million_cli import cli, pipelines
+from million_cli import cli
 from million_cli.files import reason
 from million_cli.signals import STOPPING, Stopped, stopping
 from million_cli.tables import read_results, records
@@ -38,9 +38,7 @@ def stopped_job(monkeypatch, capfd, tmp_path):
     """Run a job whose work is `body`: (exit code, its rows, stderr)."""
 
     def run(body):
-        monkeypatch.setitem(sys.modules, "stand_in", type(sys)("stand_in"))
-        monkeypatch.setattr("stand_in.run", body, raising=False)
-        monkeypatch.setitem(pipelines.VERBS, "eval", "stand_in:run")
+        monkeypatch.setattr("million_cli.pipelines.evaluate.run_evaluate", body)
         monkeypatch.setattr(
             sys, "argv", ["million", "eval", *SMALL_JOB, f"out={tmp_path}", "--multirun", "seed=1,2"]
         )
