@@ -2,20 +2,27 @@
 
 Every writer here raises a `UserError` when the file cannot be written (no such folder, no permission, disk
 full) and leaves neither a partial file nor a temporary one; a file that was there before stays as it was.
+Only a kill leaves a temporary file, which the next process that writes into the folder removes.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from million_cli.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # not POSIX: leftovers stay, since nothing tells them from files being written
+    fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +40,10 @@ def reason(error: OSError) -> str:
     return f"cannot write {error.filename}: {why}" if error.filename else f"cannot write: {why}"
 
 
+_TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.")
+_CLEANED: set[tuple[int, Path]] = set()
+
+
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path in the folder of `path`; what the body writes there becomes `path` if it ends well.
@@ -44,8 +55,11 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}")  # the suffix stays: writers look at it
+    held = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path.parent)
+        held = _hold(temporary)
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
@@ -55,6 +69,38 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # renamed already, or the folder does not exist
             temporary.unlink()
+        if held is not None:
+            os.close(held)
+
+
+def _hold(temporary: Path) -> int:
+    """Make the temporary file and lock it for as long as the descriptor, or this process, lives."""
+    while True:
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666)
+        if fcntl is None:
+            return descriptor
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if temporary.stat().st_ino == os.fstat(descriptor).st_ino:
+                return descriptor
+        except FileNotFoundError:  # taken for a leftover before it was locked
+            pass
+        except OSError:  # a file system without locks
+            return descriptor
+        os.close(descriptor)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove temporary files of processes that were killed, once a process and folder."""
+    if fcntl is None or (os.getpid(), folder) in _CLEANED:
+        return
+    _CLEANED.add((os.getpid(), folder))
+    for file in folder.iterdir():
+        if not _TEMPORARY.match(file.name) or not file.is_file():
+            continue
+        with suppress(OSError), file.open("rb") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its writer lives
+            file.unlink()
 
 
 @contextmanager
@@ -93,6 +139,21 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "million"
 
 
+def read_whole(file: IO[bytes], what: str, limit: int) -> bytes:
+    """All of an open file, or of a packed one whatever size its directory tells.
+
+    Raises:
+        UserError: it holds more than `limit` bytes.
+    """
+    parts, size = [], 0
+    while part := file.read(1 << 20):
+        parts.append(part)
+        size += len(part)
+        if size > limit:
+            raise UserError(f"{what} holds more than {limit >> 20} MiB, which is the limit")
+    return b"".join(parts)
+
+
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     """Write `data` to `path`, atomically."""
     with atomic_path(path) as temporary:
@@ -100,8 +161,11 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write `text` to `path` as UTF-8 without newline translation, atomically."""
-    write_bytes(path, text.encode("utf-8"))
+    """Write `text` to `path` as UTF-8 without newline translation, atomically.
+
+    Bytes of file names that are no UTF-8 (surrogates in Python) become backslash escapes.
+    """
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_safetensors(

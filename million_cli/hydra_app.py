@@ -34,7 +34,7 @@ from million_cli.files import CANNOT_WRITE, reason
 from million_cli.pipelines.config import JobConfig
 from million_cli.pipelines.given import refuse_unread
 from million_cli.registry import CODECS, TASKS
-from million_cli.results import Provenance, Record, Status, now, running
+from million_cli.results import Provenance, Record, Status, check_destination, now, running
 from million_cli.tables import read_results
 
 VALUED_FLAGS = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--info", "-i")
@@ -183,6 +183,7 @@ def _job(verb: str, run_id: str, command: str, config: DictConfig) -> None:
     started, clock = now(), time.perf_counter()
     raw: Any = OmegaConf.to_container(config)
     out = Path(raw["out"])
+    check_destination(out)
     running.set(command)
 
     def record(**fields: Any) -> Record:
@@ -227,14 +228,20 @@ def _job(verb: str, run_id: str, command: str, config: DictConfig) -> None:
 
 def _finish(table: Path, run_id: str) -> int:
     """Print the run's measurements and turn the statuses of its records into an exit code."""
-    rows = read_results(table)
-    rows = rows[rows["run"] == run_id]
-    assert len(rows), f"run {run_id} left no record in {table}"
-    statuses = set(rows["status"])
-    if "ok" in statuses:
-        from million_cli.pipelines.report import show
+    statuses = set()
+    for place in (table, *sorted(table.parent.glob("results-*.csv"))):  # beside it: what it did not take
+        try:
+            rows = read_results(place)
+        except UserError:
+            continue
+        rows = rows[rows["run"] == run_id]
+        statuses |= set(rows["status"])
+        if "ok" in set(rows["status"]):
+            from million_cli.pipelines.report import show
 
-        show(rows, table, plot=len(rows) > 1)  # one point makes no plot
+            show(rows, place, plot=len(rows) > 1)  # one point makes no plot
+    if not statuses:  # `Record.save` said where they are
+        return EXIT_CODES["refused"]
     return next(
         (EXIT_CODES[status] for status in ("failed", "refused", "interrupted") if status in statuses), 0
     )

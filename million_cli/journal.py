@@ -70,7 +70,7 @@ class Journal:
         try:
             row = json.loads(line)
             self._rows[row["key"]] = row["value"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return
 
 

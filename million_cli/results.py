@@ -19,7 +19,10 @@ import json
 import os
 import platform
 import subprocess
+import sys
+import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -29,8 +32,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from million_cli._version import __version__
+from million_cli.errors import UserError
 from million_cli.files import write_text
-from million_cli.tables import Scalar, append_row
+from million_cli.tables import Scalar, append_row, read_results
 
 Status = Literal["ok", "refused", "failed", "interrupted"]
 
@@ -105,19 +109,52 @@ class Record:
     def save(self, folder: Path) -> Path:
         """Append the row to `folder/results.csv` and write it whole to `folder/records/`.
 
+        A result that does not fit there is written beside it, or into the system's temporary folder, or
+        printed; standard error says where.
+
         Returns:
-            The CSV's path.
+            The path of the CSV that has the row.
 
         Raises:
-            UserError: the folder cannot be written; nothing recorded earlier is lost.
+            UserError: the row cannot be kept and is no result (a job that failed), or no place takes it;
+                nothing recorded earlier is lost.
         """
         table = folder / "results.csv"
         stamp = self.started.replace(":", "").replace("+0000", "Z")
         name = f"{stamp}-{self.verb}-{os.getpid()}-{datetime.now(UTC):%f}.json"
         content = {**asdict(self), "fallbacks": list(self.fallbacks)}
-        write_text(folder / "records" / name, json.dumps(content, indent=1, default=str) + "\n")
-        append_row(table, self.row(), "job")
+        whole = json.dumps(content, indent=1, default=str) + "\n"
+        try:
+            write_text(folder / "records" / name, whole)
+            append_row(table, self.row(), "job")
+        except UserError as error:
+            if self.status != "ok":
+                raise
+            beside = f"results-{name.removesuffix('.json')}.csv"
+            for place in (folder / beside, Path(tempfile.gettempdir()) / f"million-{beside}"):
+                with suppress(UserError):
+                    append_row(place, self.row(), "job")
+                    print(f"million: {error}; the result is in {place}", file=sys.stderr)
+                    return place
+            print(f"million: {error}; the result follows\n{whole}", file=sys.stderr)
+            raise
         return table
+
+
+def check_destination(folder: Path) -> None:
+    """Raise before any work unless `folder` takes results.
+
+    Raises:
+        UserError: the folder cannot be written, or `results.csv` there is none of ours.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+    if os.path.lexists(folder / "results.csv"):
+        read_results(folder / "results.csv")
 
 
 def now() -> str:

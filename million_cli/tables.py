@@ -5,7 +5,7 @@ A cell is text from file to frame, so a float comes back bit for bit (it is writ
 bad cell spoils nothing; whoever needs numbers converts the columns it needs.  An empty cell is no value.
 
 Text that a spreadsheet would run as a formula is written with an apostrophe in front, and read without it.
-Line ends within a cell become newlines.
+Line ends within a cell become newlines, and bytes of file names that are no UTF-8 backslash escapes.
 """
 
 from __future__ import annotations
@@ -152,8 +152,9 @@ def merge_columns(old: Sequence[str], new: Sequence[str]) -> list[str]:
 def _cell(value: Scalar) -> str:
     if value is None:
         return ""
-    # numpy's own repr of a float names its type.
-    return float.__repr__(value) if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return float.__repr__(value)  # numpy's own names its type
+    return str(value).encode("utf-8", "backslashreplace").decode()
 
 
 def _to_csv(frame: pd.DataFrame) -> str:

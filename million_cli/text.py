@@ -14,12 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from million_cli.errors import UserError
+from million_cli.files import read_whole
 
 EXCERPTS = Path(__file__).resolve().parent / "assets" / "text"
 """Folder of the shipped excerpts, with their attribution."""
 
 SUFFIXES = (".txt", ".txt.xz", ".xz", ".md")
 """Endings of the files that are read from a folder."""
+
+MAX_BYTES = 1 << 30
+"""A text file may have this many bytes, unpacked: more is no calibration text but a mistake, or a bomb."""
 
 
 @dataclass
@@ -91,10 +95,10 @@ def read_path(path: Path) -> str:
     if not path.is_file():
         raise UserError(f"no such text file or folder: {path}")
     try:
-        raw = path.read_bytes()
-        return (lzma.decompress(raw) if path.suffix == ".xz" else raw).decode("utf-8")
-    except (OSError, lzma.LZMAError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} as UTF-8 text: {error}") from error
+        with lzma.open(path) if path.suffix == ".xz" else path.open("rb") as file:
+            return read_whole(file, str(path), MAX_BYTES).decode("utf-8")
+    except (OSError, EOFError, MemoryError, lzma.LZMAError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path} as UTF-8 text: {error or type(error).__name__}") from error
 
 
 def synthetic_text(seed: int, chars: int = 40_000) -> str:

@@ -7,6 +7,7 @@ from dataclasses import asdict, fields
 import pytest
 from transformers import AutoConfig
 
+from million_cli.cli import quote
 from million_cli.conf import conf_folder
 from million_cli.errors import UserError
 from million_cli.hydra_app import compose
@@ -23,6 +24,13 @@ def names(group: str) -> list[str]:
 
 
 FILES = [f"{group}={name}" for group in GROUPS for name in names(group)]
+
+
+@pytest.mark.parametrize("value", ["../../x", "a/b", "a\\b", "..", ".hidden", "", "x\ny", "n" * 101])
+@pytest.mark.parametrize("name", ["model.name", "quantizer.name"])
+def test_names_of_files_never_leave_the_output_folder(name, value):
+    with pytest.raises(UserError, match=rf"^{name}=.*: accepted are names of 1 to 100 printable characters"):
+        compose([f"{name}={quote(value)}"])
 
 
 def test_every_group_is_tested():

@@ -1,3 +1,4 @@
+import io
 import os
 import stat
 import subprocess
@@ -7,7 +8,14 @@ import pytest
 import torch
 
 from million_cli.errors import UserError
-from million_cli.files import atomic_path, read_safetensors, write_bytes, write_safetensors, write_text
+from million_cli.files import (
+    atomic_path,
+    read_safetensors,
+    read_whole,
+    write_bytes,
+    write_safetensors,
+    write_text,
+)
 
 
 def test_text_and_bytes_arrive_as_they_are(tmp_path):
@@ -99,3 +107,43 @@ def test_safetensors_files_are_as_readable_as_any_other(tmp_path):
     write_text(tmp_path / "b.txt", "")
     assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "b.txt").stat().st_mode
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b.txt"]
+
+
+def test_what_a_kill_leaves_is_removed_by_the_next_run_and_nothing_else_is(tmp_path):
+    """A writer that lives keeps its temporary file; files of like names that are not ours stay too."""
+    code = """
+import os, signal, sys
+from million_cli.files import atomic_path, write_text
+with atomic_path(sys.argv[1]) as temporary:
+    temporary.write_text("half")
+    print("writing", flush=True)
+    if sys.argv[2] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    sys.stdin.read()
+"""
+    (tmp_path / ".hidden").write_text("")
+    (tmp_path / ".0123abcd.folder").mkdir()
+    command = [sys.executable, "-c", code]
+    subprocess.run([*command, tmp_path / "killed.csv", "killed"], capture_output=True)
+    assert len(list(tmp_path.glob(".????????.killed.csv"))) == 1
+    with subprocess.Popen(
+        [*command, tmp_path / "alive.csv", "alive"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as alive:
+        alive.stdout.readline()
+        write = f"from million_cli.files import write_text; write_text({str(tmp_path / 'other')!r}, 'x')"
+        subprocess.run([sys.executable, "-c", write], check=True)
+        names = sorted(path.name.split(".")[-2:] for path in tmp_path.iterdir())
+        assert names == [["", "hidden"], ["0123abcd", "folder"], ["alive", "csv"], ["other"]]
+        alive.stdin.close()
+    assert (tmp_path / "alive.csv").read_text() == "half"
+
+
+def test_names_that_are_no_utf8_are_written_as_escapes(tmp_path):
+    write_text(tmp_path / "a", os.fsdecode(b"caf\xe9"))
+    assert (tmp_path / "a").read_text() == "caf\\udce9"
+
+
+def test_reading_stops_at_the_limit():
+    assert read_whole(io.BytesIO(bytes(5 << 20)), "x", 5 << 20) == bytes(5 << 20)
+    with pytest.raises(UserError, match=r"^x holds more than 5 MiB, which is the limit$"):
+        read_whole(io.BytesIO(bytes((5 << 20) + 1)), "x", 5 << 20)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
 from million_cli import results
 from million_cli.errors import UserError
-from million_cli.results import Provenance, Record, flatten, git_commit, now, version
+from million_cli.results import Provenance, Record, check_destination, flatten, git_commit, now, version
 from million_cli.tables import read_results, records
+from million_cli.text import synthetic_text
 
 HERE = Provenance("million eval", "abc", "host", "3.11", "0.1.0", "2.13", "5.23", "cpu", "float32")
 
@@ -42,10 +46,44 @@ def test_a_traceback_survives_the_csv(tmp_path):
     assert read_results(path)["error"].tolist() == [error]
 
 
-def test_a_folder_that_is_a_file_is_refused(tmp_path):
+@pytest.mark.parametrize("content", ["a,b\n1,2\n", 'run,a\n1,"cut'])
+def test_a_result_that_its_table_does_not_take_is_kept_beside_it(tmp_path, content, capsys):
+    (tmp_path / "results.csv").write_text(content)
+    place = record(metrics={"kl_e3": 1.5}).save(tmp_path)
+    assert place.parent == tmp_path
+    assert place.match("results-*.csv")
+    assert read_results(place)["kl_e3"].tolist() == ["1.5"]
+    said = capsys.readouterr().err
+    assert "results.csv is not a results CSV" in said
+    assert f"the result is in {place}" in said
+    assert (tmp_path / "results.csv").read_text() == content
+
+
+def test_a_result_without_a_folder_is_kept_in_the_temporary_one(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    place = record().save(tmp_path / "file")
+    assert place.parent == tmp_path / "tmp"
+    assert len(read_results(place)) == 1
+    assert str(place) in capsys.readouterr().err
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
     with pytest.raises(UserError, match="cannot write"):
-        record().save(tmp_path / "file")
+        record(metrics={"kl_e3": 1.5}).save(tmp_path / "file")
+    assert '"kl_e3": 1.5' in capsys.readouterr().err
+    with pytest.raises(UserError, match="cannot write"):
+        record(status="failed").save(tmp_path / "file")
+
+
+def test_a_destination_is_checked_before_any_work(tmp_path):
+    check_destination(tmp_path / "new")
+    check_destination(record().save(tmp_path).parent)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write .*file"):
+        check_destination(tmp_path / "file")
+    (tmp_path / "results.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match="is not a results CSV: it has no column `run`"):
+        check_destination(tmp_path)
 
 
 def test_flatten():
@@ -110,3 +148,47 @@ def test_cells_of_a_record_are_text_that_reads_back(tmp_path):
     path = record(metrics={"flag": True, "nothing": None, "third": 1 / 3}).save(tmp_path)
     (row,) = records(read_results(path))
     assert (row["flag"], row["nothing"], float(row["third"])) == ("True", "", 1 / 3)
+
+
+TINY = [
+    "eval",
+    "--dataset",
+    "TEXT",
+    "model=tiny-random",
+    "cache=dense",
+    "task.context=64",
+    "task.max_tokens=128",
+]
+
+
+def million(folder, text, *more):
+    """`million eval` with a tiny model: exit code, lines of standard output and of standard error."""
+    arguments = [*(text if word == "TEXT" else word for word in TINY), f"out={folder}", *more]
+    done = subprocess.run(
+        [sys.executable, "-m", "million_cli", *arguments],
+        capture_output=True,
+        env={**os.environ, "TQDM_DISABLE": "1"},
+        timeout=60,
+    )
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def test_a_text_whose_name_is_no_utf8_leaves_its_row(tmp_path):
+    text = os.path.join(os.fsencode(tmp_path), b"caf\xe9.txt")
+    Path(os.fsdecode(text)).write_text(synthetic_text(3, 4000))
+    code, _, stderr = million(tmp_path / "out", text)
+    assert (code, "Traceback" in stderr) == (0, False)
+    (row,) = records(read_results(tmp_path / "out" / "results.csv"))
+    assert row["status"] == "ok"
+    assert row["config.task.path"].endswith("caf\\udce9.txt")
+
+
+def test_a_foreign_table_is_refused_before_the_work(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "t.txt").write_text(synthetic_text(3, 4000))
+    code, _, stderr = million(tmp_path / "out", tmp_path / "t.txt")
+    assert code == 2
+    assert stderr.splitlines()[-1].endswith("results.csv is not a results CSV: it has no column `run`")
+    assert "Traceback" not in stderr
+    assert not (tmp_path / "out" / "evaluations").exists()

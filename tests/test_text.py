@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from million_cli import text
 from million_cli.errors import UserError
 from million_cli.text import DATASETS, TextConfig, load_text, read_path, synthetic_text
 
@@ -116,3 +117,20 @@ def test_every_known_name_is_listed():
         "wikitext103",
         "ptb",
     }
+
+
+def test_packed_texts_have_a_limit_and_damaged_ones_a_line(tmp_path, monkeypatch):
+    packed = lzma.compress(b"many words " * 1000)
+    (tmp_path / "a.txt.xz").write_bytes(packed)
+    assert len(read_path(tmp_path / "a.txt.xz")) == 11_000
+    monkeypatch.setattr(text, "MAX_BYTES", 10_999)
+    with pytest.raises(UserError, match=r"a\.txt\.xz holds more than"):
+        read_path(tmp_path / "a.txt.xz")
+    (tmp_path / "plain.txt").write_bytes(bytes(11_000))
+    with pytest.raises(UserError, match=r"plain\.txt holds more than"):
+        read_path(tmp_path / "plain.txt")
+    for damaged in (packed[:-5], packed[:20], packed[:30] + b"x" + packed[31:], b"", b"no xz"):
+        (tmp_path / "a.txt.xz").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"cannot read .*a\.txt\.xz as UTF-8 text: .+") as error:
+            read_path(tmp_path / "a.txt.xz")
+        assert "\n" not in str(error.value)

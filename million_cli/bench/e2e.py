@@ -186,7 +186,8 @@ class Bench:
             return comparison.speed(case)
         rows, shares = comparison.stages(case)
         if shares:
-            name = f"{case.model or 'own'}-{case.context}-{case.batch}"
+            model = (case.model or "own").replace("/", "-")  # a path stays one name
+            name = f"{model}-{case.context}-{case.batch}"
             described = self.row(case, case.impls[0], {})
             files = write_stages(
                 self.out / f"breakdown-{name}.csv",

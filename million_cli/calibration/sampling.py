@@ -23,6 +23,10 @@ from million_cli.spec import ModelFingerprint
 
 _MANIFEST = "manifest.json"
 _INFORMATION = "information"
+_FIELDS = {
+    **dict.fromkeys(("generation", "samples", "seed", "seen"), int),
+    **dict.fromkeys(("fingerprint", "shards", "progress"), dict),
+}
 _FORMAT = 3  # 3: squared gradients of the sampled tokens
 
 
@@ -177,7 +181,22 @@ class SamplingCache(Cache):
         if differences:
             raise UserError(f"{folder} holds samples of another run: {'; '.join(differences)}")
         for index, reservoir in self.reservoirs.items():
-            reservoir.restore(stored.shard(index))
+            try:
+                reservoir.restore(stored.shard(index))
+            except (
+                AssertionError,
+                AttributeError,
+                IndexError,
+                KeyError,
+                RuntimeError,
+                TypeError,
+                ValueError,
+            ) as error:
+                why = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+                raise UserError(
+                    f"{folder}: the samples of layer {index} are damaged ({why}); "
+                    "remove the folder to sample again"
+                ) from error
         return stored.manifest["progress"]
 
 
@@ -206,7 +225,10 @@ class Samples:
     @property
     def fingerprint(self) -> ModelFingerprint:
         """The model that was sampled."""
-        return ModelFingerprint.from_dict(self.manifest["fingerprint"])
+        try:
+            return ModelFingerprint.from_dict(self.manifest["fingerprint"])
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{self.folder}: the manifest's fingerprint is damaged: {error}") from error
 
     def shard(self, layer: int, names: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
         """A layer's reservoir state (or what of it `names` says), by the model's layer index.
@@ -214,7 +236,10 @@ class Samples:
         Raises:
             UserError: the shard is missing or damaged.
         """
-        return read_safetensors(self.folder / self.manifest["shards"][str(layer)], names)[0]
+        shards = self.manifest["shards"]
+        if str(layer) not in shards:
+            raise UserError(f"{self.folder}: no samples of layer {layer}; remove the folder to sample again")
+        return read_safetensors(self.folder / shards[str(layer)], names)[0]
 
     def layer(self, layer: int, side: str) -> torch.Tensor:
         """`keys` or `values` `[Hkv, n, D]` of a layer, or their squares, by the model's layer index.
@@ -320,8 +345,13 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
         raise UserError(f"{path}: not a manifest of samples in format {_FORMAT}")
+    for name, kind in _FIELDS.items():
+        if not isinstance(manifest.get(name), kind):
+            raise UserError(
+                f"{path}: the field `{name}` is damaged or missing; remove the folder to sample again"
+            )
     return manifest

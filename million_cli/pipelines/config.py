@@ -30,6 +30,16 @@ def check(name: str, value: object, accepted: tuple[str, ...]) -> None:
         raise UserError(f"{name}={value}: accepted are {', '.join(accepted)}")
 
 
+def check_name(name: str, value: str) -> None:
+    """Raise UserError unless `value` can be part of a file's name: no file leaves the output folder."""
+    plain = value.isprintable() and not set("/\\") & set(value)
+    if not 1 <= len(value) <= 100 or value.startswith(".") or not plain:
+        raise UserError(
+            f"{name}={value!r}: accepted are names of 1 to 100 printable characters without / and \\ "
+            "that do not start with a dot"
+        )
+
+
 def at_least(name: str, value: int, least: int) -> None:
     """Raise UserError unless `value` >= `least`."""
     if value < least:
@@ -57,6 +67,7 @@ class ModelConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        check_name("model.name", self.name)
         if not self.path and not self.shape:
             raise UserError("model.path is empty; accepted are a folder, a GGUF file and a model on the hub")
 
@@ -122,6 +133,7 @@ class QuantizerConfig:
     widths: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
 
     def __post_init__(self) -> None:
+        check_name("quantizer.name", self.name)
         check("quantizer.kind", self.kind, ("dense", "pq", *CODECS.names))
         if self.kind in CODECS.names:
             CODECS.check(self.kind)

@@ -129,10 +129,9 @@ def _measured(session: Session, caches: Caches, task: Any, text: Any) -> dict[st
     )
     path = Path(config.out) / "evaluations" / f"{task.name}-{key}.json"
     with locked(path):
-        if config.reuse and path.is_file():
+        if config.reuse and path.is_file() and (kept := _kept(path)):
             logger.info("%s: %s (from an earlier run)", task.name, path)
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return {**found, "reused_from": found["measured"]}
+            return {**kept, "reused_from": kept["measured"]}
         logger.info("%s with cache=%s, quantizer=%s", task.name, config.cache.kind, config.quantizer.name)
         module = TASKS.load(task.name)
         resume = {}
@@ -151,13 +150,29 @@ def _measured(session: Session, caches: Caches, task: Any, text: Any) -> dict[st
             files[f"{name}_table"] = str(place)
             if plot := plot_table(name, rows, place.with_suffix(".png"), config.quantizer.name):
                 files[f"{name}_plot"] = str(plot)
-        found = {
+        found: dict[str, Any] = {
             "measured": now(),
             "metrics": {**result.metrics, **files},
             "fallbacks": caches.fallbacks,
         }
         write_text(path, json.dumps(found, indent=1) + "\n")
     return {**found, "reused_from": None}
+
+
+def _kept(path: Path) -> dict[str, Any] | None:
+    """What an earlier run measured; None, with a line, if the file is damaged or its tables are gone."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        files = [found["metrics"][key] for key in found["metrics"] if key.endswith(("_table", "_plot"))]
+        gone = [file for file in files if not Path(file).is_file()]
+        whole = isinstance(found["measured"], str) and isinstance(found["fallbacks"], list)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        whole, gone = False, []
+    if whole and not gone:
+        return found
+    why = f"{gone[0]} is gone" if gone else f"{path} is damaged"
+    logger.warning("%s; measured again", why)
+    return None
 
 
 def _journals(path: Path, cache: dict[str, Any], dense: dict[str, Any], fresh: bool) -> Journals:

@@ -72,6 +72,10 @@ def sample(session: Session) -> Path:
     with locked(folder):
         cache = SamplingCache(session.model, config.sample.reservoir, config.seed)
         state = cache.resume(folder) if config.reuse else None
+        if state is not None and not {"windows", "tokens", "done"} <= state.keys():
+            raise UserError(
+                f"{folder}: the manifest's progress is damaged; remove the folder to sample again"
+            )
         if state is not None and state["done"]:
             logger.info("samples: %s (from an earlier run)", folder)
             return folder

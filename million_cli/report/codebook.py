@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -65,7 +66,7 @@ def exhibit(path: Path) -> Exhibit:
     )
 
     def made(name: str) -> list[str]:
-        return [meta[name]] if meta.get(name) else []
+        return [str(meta[name])] if meta.get(name) else []
 
     return Exhibit(
         section="Error of codebooks",
@@ -100,9 +101,25 @@ def read_card(path: Path) -> dict[str, Any]:
             metadata = file.metadata() or {}
         card: dict[str, Any] = json.loads(metadata["card"])
         errors = [card["meta"][f"{side}_error"] for side in SIDES]
-        if not all(error and all(error) for error in errors):
-            raise ValueError("it has no errors")
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        if not all(
+            isinstance(part, dict)
+            for part in (card, card.get("keys", {}), card.get("values", {}), card["meta"].get("versions", {}))
+        ):
+            raise ValueError("its parts are no objects")
+        shapes = {tuple(len(line) for line in error) for error in errors}
+        if len(shapes) != 1 or len(set(*shapes)) != 1 or not errors[0][0]:
+            raise ValueError("it has no errors for each layer and head")
+        if not all(math.isfinite(cell) for error in errors for line in error for cell in line):
+            raise ValueError("its errors are no numbers")
+    except (
+        SafetensorError,
+        OSError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        RecursionError,
+    ) as error:
         raise UserError(f"{path} is not a codebook with a readable card: {error}") from error
     return card
 

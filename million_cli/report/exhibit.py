@@ -118,8 +118,8 @@ def by(rows: Iterable[Row], *keys: str) -> dict[tuple[str, ...], list[Row]]:
 
 
 def slug(*parts: str) -> str:
-    """A file name's stem from words."""
-    text = "-".join(part for part in parts if part)
+    """A file name's stem from words, of at most 100 characters."""
+    text = "-".join(part for part in parts if part)[:100]
     return "-".join(
         filter(None, "".join(c if c.isalnum() or c in "._" else "-" for c in text.lower()).split("-"))
     )

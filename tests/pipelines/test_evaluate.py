@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -220,3 +221,28 @@ def test_logits_that_are_not_finite_are_refused(tmp_path, value, task):
     with pytest.raises(UserError, match="the logits hold NaN or infinity"):
         run_evaluate(config)
     assert not list((tmp_path / "evaluations").glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "null", '{"measured": "now"}', '{"metrics": []}', "[" * 100_000]
+)
+def test_a_damaged_result_is_measured_again_with_a_line(job, tmp_path, caplog, content):
+    config = job(f"out={tmp_path}", "task.max_tokens=256")
+    first = metrics(config)
+    (kept,) = (tmp_path / "evaluations").glob("perplexity-*.json")
+    kept.write_text(content)
+    again = metrics(config)
+    assert again == first
+    assert f"{kept} is damaged; measured again" in caplog.text
+    assert metrics(config)["reused_from"]
+
+
+def test_a_table_that_is_gone_is_made_again(job, tmp_path, caplog):
+    config = job(f"out={tmp_path}", "task.max_tokens=256", "task.buckets=2")
+    first = metrics(config)
+    table = Path(first["positions_table"])
+    content = table.read_text()
+    table.unlink()
+    assert metrics(config) == first
+    assert f"{table} is gone; measured again" in caplog.text
+    assert table.read_text() == content

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from million_cli.calibration.information import NoGradients
 from million_cli.calibration.sampling import Samples
 from million_cli.errors import UserError
+from million_cli.files import read_safetensors, write_safetensors
 from million_cli.pipelines import sample as pipeline
 from million_cli.pipelines.sample import run_sample, sample, sample_key
 from million_cli.pipelines.session import Session
@@ -149,3 +151,24 @@ def test_squares_are_those_of_the_sampled_tokens(job):
         torch.testing.assert_close(got[:, at : at + rows.numel()], expected.flatten(1), rtol=1e-4, atol=1e-12)
         at += rows.numel()
     assert at == got.shape[1]
+
+
+def test_damaged_samples_are_one_line(job, tmp_path):
+    config = job(f"out={tmp_path}")
+    folder = sample(Session(config))
+    manifest, shard = folder / "manifest.json", next(folder.glob("layer-*.safetensors"))
+    whole = json.loads(manifest.read_text())
+    damaged = [{k: v for k, v in whole.items() if k != name} for name in whole]
+    damaged += [{**whole, "progress": {}}, {**whole, "shards": {}}, {**whole, "fingerprint": {}}, []]
+    for content in (*damaged, "[" * 100_000):
+        manifest.write_text(content if isinstance(content, str) else json.dumps(content))
+        with pytest.raises(UserError) as error:
+            sample(Session(config))
+        assert str(folder) in str(error.value)
+        assert "\n" not in str(error.value)
+    manifest.write_text(json.dumps({**whole, "progress": {**whole["progress"], "done": False}}))
+    tensors, _ = read_safetensors(shard)
+    for name in tensors:
+        write_safetensors(shard, {key: tensor for key, tensor in tensors.items() if key != name})
+        with pytest.raises(UserError, match=r"the samples of layer \d are damaged"):
+            sample(Session(config))

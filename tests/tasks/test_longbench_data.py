@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import zipfile
+from contextlib import suppress
 
 import pytest
 
@@ -127,3 +128,31 @@ def test_damaged_lines_are_named(tmp_path, content, message):
 def test_mistakes_in_the_configuration_are_named(settings, message):
     with pytest.raises(UserError, match=message):
         Config(**settings)
+
+
+def test_a_packed_dataset_has_a_limit_whatever_the_archive_says(archive, monkeypatch):
+    monkeypatch.setattr(data, "MAX_BYTES", 50)
+    with pytest.raises(UserError, match=r"data\.zip: data/qasper\.jsonl holds more than"):
+        data.read(str(archive), ["qasper"])
+
+
+@pytest.mark.parametrize("packing", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_damage_of_any_packing_is_one_line(tmp_path, packing):
+    path = tmp_path / "data.zip"
+    with zipfile.ZipFile(path, "w", packing) as file:
+        file.writestr("qasper.jsonl", lines(*[ROW] * 50))
+    whole = path.read_bytes()
+    for at in range(0, len(whole), 3):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+        with suppress(UserError):  # and no other error; some bytes do no harm
+            data.read(str(path), ["qasper"])
+
+
+def test_deep_json_and_half_characters_are_refused_by_line(tmp_path):
+    for row, message in (
+        ("[" * 100_000, "not a line of JSON"),
+        ('{"input": "\\ud800", "context": "c", "answers": ["a"]}', "accepted are objects with texts"),
+    ):
+        (tmp_path / "qasper.jsonl").write_text(lines(ROW) + row + "\n")
+        with pytest.raises(UserError, match=rf"qasper\.jsonl:2: {message}"):
+            data.read(str(tmp_path), ["qasper"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import lzma
+import re
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -12,11 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from million_cli.errors import UserError
+from million_cli.files import read_whole
 from million_cli.tasks.longbench import metrics
 from million_cli.tasks.longbench.datasets import DATASETS
 
 HUB = ("THUDM/LongBench", "data.zip")
 """The hub's repository and the file in it; its loading script no longer runs."""
+
+_HALVES = re.compile("[\ud800-\udfff]")
+MAX_BYTES = 1 << 30
+"""A dataset may have this many bytes, unpacked; the largest published one has some 40 MB."""
 
 ACCEPTED = (
     "accepted are a data.zip, a folder of <dataset>.jsonl (or data/<dataset>.jsonl), and null for the hub"
@@ -87,14 +94,24 @@ def _zip(path: Path, names: list[str]) -> dict[str, bytes]:
     try:
         with zipfile.ZipFile(path) as archive:
             members = {PurePosixPath(member).name: member for member in archive.namelist()}
-            return {n: archive.read(members[f"{n}.jsonl"]) for n in names if f"{n}.jsonl" in members}
-    except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError) as error:  # RuntimeError: encrypted
-        raise UserError(f"task.path={path}: not a readable zip ({error}); {ACCEPTED}") from error
+            found = {}
+            for name in names:
+                if member := members.get(f"{name}.jsonl"):
+                    with archive.open(member) as file:
+                        found[name] = read_whole(file, f"task.path={path}: {member}", MAX_BYTES)
+            return found
+    except (
+        *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError, MemoryError),
+        *(RuntimeError, ValueError),  # encrypted or of an unknown compression; a damaged header
+    ) as error:
+        why = str(error) or type(error).__name__
+        raise UserError(f"task.path={path}: not a readable zip ({why}); {ACCEPTED}") from error
 
 
 def _bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            return read_whole(file, str(path), MAX_BYTES)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
@@ -103,11 +120,11 @@ def _sample(line: bytes, name: str, number: int, file: str) -> Sample:
     where = f"{file}:{number}"
     try:
         row = json.loads(line)
-    except ValueError as error:  # no JSON, or no UTF-8
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested too deeply
         raise UserError(f"{where}: not a line of JSON: {error}") from error
     fields = row if isinstance(row, dict) else {}
     texts = [fields.get(key) for key in ("input", "context")]
-    if not all(isinstance(text, str) for text in texts) or not _is_texts(fields.get("answers")):
+    if not all(map(_is_text, texts)) or not _is_texts(fields.get("answers")):
         raise UserError(
             f"{where}: accepted are objects with texts `input` and `context` and a list `answers`"
         )
@@ -124,7 +141,12 @@ def _sample(line: bytes, name: str, number: int, file: str) -> Sample:
 
 
 def _is_texts(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
+    return isinstance(value, list) and bool(value) and all(map(_is_text, value))
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is a string of characters; JSON can also hold halves of them (lone surrogates)."""
+    return isinstance(value, str) and not _HALVES.search(value)
 
 
 def _download() -> Path:
