@@ -64,10 +64,14 @@ def _tiny_model(architecture: str, seed: int) -> PreTrainedModel:
     return new_model(architecture, seed)
 
 
+def tiny_config(architecture: str, **settings: Any) -> dict[str, Any]:
+    """Fields of a configuration; `settings` take precedence."""
+    return {"model_type": architecture, **_SHAPE, **ARCHITECTURES.get(architecture, {}), **settings}
+
+
 def new_model(architecture: str = "llama", seed: int = 0) -> PreTrainedModel:
     """A model of one's own: engines change the projections of theirs."""
-    config = {"model_type": architecture, **_SHAPE, **ARCHITECTURES[architecture]}
-    return random_model(config, seed=seed, dtype="float64")
+    return random_model(tiny_config(architecture), seed=seed, dtype="float64")
 
 
 @cache

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from million_cli.cache.modes import plain_no_grad
+
 
 class DeviceLengths:
     """One int32 tensor `[B]` a device, shared by its layers and changed in place: its address stays.
@@ -16,6 +18,7 @@ class DeviceLengths:
     def __init__(self) -> None:
         self._held: dict[torch.device, tuple[Tensor, int]] = {}
 
+    @plain_no_grad
     def hold(self, device: torch.device, batch: int, length: int) -> Tensor:
         """The tensor `[batch]` of a device, all `length`."""
         lengths, held = self._held.get(device, (None, -1))

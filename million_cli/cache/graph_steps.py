@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from million_cli.cache.modes import plain_no_grad
 from million_cli.cache.store import CodeStore
 from million_cli.ops.store_ops import run_operation
 
@@ -40,7 +40,7 @@ class GraphSteps:
         for layer in range(store.num_layers):
             store.device_layer(layer)
 
-    @torch.no_grad()
+    @plain_no_grad
     def step(
         self, layer: int, query: Tensor, k: Tensor, v: Tensor, *, scale: float, first_valid: Tensor | None
     ) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from million_cli.cache.contiguous import ContiguousStore
+from million_cli.cache.modes import plain_no_grad
 from million_cli.cache.page_manager import PageManager, PageStats
 from million_cli.cache.store import CodeStore, LayerState, Prefill
 from million_cli.errors import UserError
@@ -89,6 +90,7 @@ class PagedStore(CodeStore):
     def page_stats(self) -> PageStats:
         return self._manager.stats
 
+    @plain_no_grad
     def block_table(self, device: torch.device | str = "cpu") -> Tensor:
         """`[B, width]` int32 on a device; entries past a sequence's pages are 0.
 
@@ -108,6 +110,7 @@ class PagedStore(CodeStore):
         self._stale.discard(device)
         return mirror
 
+    @plain_no_grad
     def to_contiguous(self, ops: StoreOps | None = None) -> ContiguousStore:
         """The same tokens in a contiguous store: same codes and windows, so the same attention.
 

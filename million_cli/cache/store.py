@@ -19,6 +19,7 @@ from torch import Tensor
 from million_cli.cache.code_hooks import CodeHooks
 from million_cli.cache.device_lengths import DeviceLengths
 from million_cli.cache.indices import check_indices
+from million_cli.cache.modes import plain_no_grad
 from million_cli.cache.side_stream import SideStream
 from million_cli.cache.view import KVView, Prefill, boundaries_of
 from million_cli.cache.window import ResidualWindow
@@ -135,7 +136,7 @@ class CodeStore(CodeHooks):
 
     # -- changing --------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @plain_no_grad
     def append(self, layer: int, k: Tensor, v: Tensor) -> KVView:
         """Append N tokens to a layer and encode the pages that became whole.
 
@@ -227,7 +228,7 @@ class CodeStore(CodeHooks):
         )
         self._write(layer, start, key_codes, value_codes)
 
-    @torch.no_grad()
+    @plain_no_grad
     def attend(
         self, query: Tensor, view: KVView, *, scale: float, first_valid: Tensor | None = None
     ) -> Tensor:
@@ -251,14 +252,17 @@ class CodeStore(CodeHooks):
         """Before the first append: the text will have `length` tokens, so take its memory at once."""
         self._expected = self.window.coded_length(length)
 
+    @plain_no_grad
     def reserve(self, length: int) -> None:
         """Make room for `length` tokens a sequence, without waiting for the device.
 
         Raises:
             PagePoolExhausted: (paged) no room for new pages; nothing has changed.
+            UserError: a layer was not appended to.
         """
         for layer, state in enumerate(self._layers):
-            assert state.window is not None
+            if state.window is None:
+                raise UserError(f"reserve({length}): accepted once every layer has been appended to")
             self._reserve(layer, self.window.coded_length(length), state.window.keys)
         self._code_tensors(0)  # the device's copy of a block table that has changed
 
@@ -291,6 +295,7 @@ class CodeStore(CodeHooks):
         """Let what is enqueued on each device from here on see the codes that are being encoded beside it."""
         self._encoder.wait()
 
+    @plain_no_grad
     def reset(self, release: bool = True) -> None:
         """Forget all tokens; with `release` all tensors too.
 
@@ -308,7 +313,7 @@ class CodeStore(CodeHooks):
             self.lengths.forget()
             self._release()
 
-    @torch.no_grad()
+    @plain_no_grad
     def crop(self, length: int) -> None:
         """Keep the oldest `length` tokens of every layer (shorter layers stay).
 
@@ -360,6 +365,7 @@ class CodeStore(CodeHooks):
         if self.batch is not None:
             self._take(torch.arange(self.batch).repeat_interleave(repeats))
 
+    @plain_no_grad
     def _take(self, indices: Tensor) -> None:
         if self.batch is None:
             return

@@ -20,9 +20,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from million_cli.codecs.codec import Codec
 from million_cli.errors import UserError
-from million_cli.hf.attention import PQHandle, use_pq_attention
+from million_cli.hf.attention import PQHandle
 from million_cli.hf.compat import reset_dense_layer
 from million_cli.hf.models import full_attention_layers
+from million_cli.hf.switch import use_pq_attention
 from million_cli.spec import WindowSpec
 
 _SCORE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}  # scores alive at once
@@ -175,7 +176,7 @@ class SimulatedCache(Cache):
     """A cache for a codec; sliding-window layers are transformers' own, dense.
 
     Args:
-        model: to serve; its attention implementation is set accordingly.
+        model: to serve; while this cache goes through it, it uses our attention function.
         codec: what becomes of pages; one for all full-attention layers, or one for each.
         window: page size and residual window.
         prefill: as for `DynamicPQCache`.
@@ -186,6 +187,8 @@ class SimulatedCache(Cache):
     Raises:
         UserError: an unsupported architecture.
     """
+
+    needs_pq_attention = True  # read by `hf.switch`
 
     def __init__(
         self,

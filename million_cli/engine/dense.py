@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
+from million_cli.cache.modes import plain_no_grad
 from million_cli.errors import UserError
 from million_cli.hf.models import full_attention_layers
 from million_cli.hf.step import new_marker
@@ -42,6 +43,7 @@ class DenseLayer(CacheLayerMixin):
         super().__init__()
         self.capacity, self.length = capacity, 0
 
+    @plain_no_grad
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         B, Hkv, _, D = key_states.shape
         self.keys = key_states.new_zeros(B, Hkv, self.capacity, D)

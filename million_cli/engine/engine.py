@@ -22,17 +22,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from million_cli.cache.modes import plain_no_grad
 from million_cli.engine.dense import DenseCache, DenseSteps
 from million_cli.engine.graphs import CudaGraphs, Graph, Graphs
 from million_cli.engine.joined import join_projections
 from million_cli.engine.readback import Readback
 from million_cli.engine.sampler import Sampler
 from million_cli.errors import UserError
-from million_cli.hf.attention import use_pq_attention
 from million_cli.hf.cache import PQCache
-from million_cli.hf.compat import reset_cache
+from million_cli.hf.compat import embedding_changes_at, reset_cache
 from million_cli.hf.pq_steps import PQSteps, steps_reason
 from million_cli.hf.step import Steps, padding_of_step, step_cache
+from million_cli.hf.switch import pq_attention, use_pq_attention
 from million_cli.ops.store_ops import KernelFailed
 
 Compile = Literal["none", "default", "tuned"]
@@ -52,7 +53,7 @@ class Engine:
     by accident.
 
     Args:
-        model: in evaluation mode, on one device; its attention implementation is set.
+        model: in evaluation mode, on one device; its attention function is ours during steps only.
         cache: a PQ cache, a `DenseCache`, or any other cache of transformers.
         sampler: what makes the next token.
         compile: the step by torch.compile, which fuses the small kernels: "none", "default", or "tuned",
@@ -135,7 +136,7 @@ class Engine:
 
     # -- the prompt ------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @plain_no_grad
     def prefill(
         self,
         ids: Tensor,
@@ -185,6 +186,8 @@ class Engine:
             self._forget(release=self._static and self._tokens.shape[0] != B)
             held = 0
         end = held + ids.shape[1]
+        if held or (chunk is not None and chunk < end):
+            self._check_embedding(held or chunk or 0, end)
         if mask is not None and mask.shape[1] < end:  # the newest token comes between mask and turn
             mask = F.pad(mask, (0, end - mask.shape[1]), value=True)
         while True:
@@ -210,6 +213,15 @@ class Engine:
         self.logits = logits
         self._pending, self._uneven = True, False
         return token
+
+    def _check_embedding(self, held: int, end: int) -> None:
+        """Raise if positions up to `end` are embedded otherwise than the `held` ones in the cache were."""
+        changes = embedding_changes_at(self.model.config)
+        if changes is not None and held <= changes < end:
+            raise UserError(
+                f"{end} tokens: this model's rotary embedding changes at {changes} (longrope), which a cache "
+                f"of {held} tokens cannot follow; accepted are texts on one side of that length"
+            )
 
     def _mask_of_next_turn(
         self, B: int, T: int, held: int, attention_mask: Tensor | None
@@ -254,6 +266,7 @@ class Engine:
         logits: Tensor = output.logits[:, -1]
         return logits
 
+    @plain_no_grad
     def begin(self, length: int, token: Tensor) -> None:
         """Go on from a cache that was given `length` tokens a sequence by other means, without padding.
 
@@ -266,6 +279,7 @@ class Engine:
         """Forget the text; memory and graphs are kept for the next one if it comes in the same batch."""
         self._forget(release=False)
 
+    @plain_no_grad
     def _forget(self, release: bool) -> None:
         """As `reset`, with `release` also the memory."""
         if isinstance(self.cache, PQCache):
@@ -296,7 +310,7 @@ class Engine:
 
     # -- the steps -------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @plain_no_grad
     def step(self, tokens: Tensor | None = None) -> Tensor:
         """Append the latest token, or `tokens [B]` in its place, and make the next.
 
@@ -316,6 +330,10 @@ class Engine:
                 f"the cache holds {held} tokens, the engine has read {self.length}: it was changed; "
                 "reset() starts again"
             )
+        self._check_embedding(self.length, self.length + 1)
+        batch = self._tokens.shape[0]
+        if isinstance(self.cache, PQCache) and self.cache.store.batch != batch:
+            raise UserError(f"the cache holds a batch of {self.cache.store.batch}, the engine one of {batch}")
         if tokens is not None:
             self._tokens.copy_(tokens[:, None])
         key = self.steps.ready() if self.steps is not None else None
@@ -332,7 +350,7 @@ class Engine:
         self._pending = True
         return self._tokens[:, 0]
 
-    @torch.no_grad()
+    @plain_no_grad
     def capture(self, steps: int) -> None:
         """Capture what the next `steps` steps need, after a first one; a dense cache needs a graph a length.
 
@@ -374,14 +392,15 @@ class Engine:
 
     def _launch(self) -> None:
         """One step over static tensors; nothing here is decided by what the device holds."""
-        self.logits = self._forward(
-            input_ids=self._tokens,
-            position_ids=self._positions,
-            attention_mask=self._mask,
-            past_key_values=self._step_cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        with pq_attention(self.model):
+            self.logits = self._forward(
+                input_ids=self._tokens,
+                position_ids=self._positions,
+                attention_mask=self._mask,
+                past_key_values=self._step_cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
         self._tokens.copy_(self.sampler(self.logits)[:, None])
         self._positions.add_(1)
 

@@ -11,16 +11,15 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from million_cli.cache.view import KVView
 from million_cli.errors import UserError
 from million_cli.hf.padding import padding_mask, unless_all_seen
 from million_cli.hf.step import StepHandle, step_attention
+from million_cli.hf.switch import ATTENTION_NAME
 
-# No "flash", "paged|" or "/" in it: transformers gives those a meaning.
-ATTENTION_NAME = "million_pq"
 _SOFTCAP_ROWS = 256  # queries whose scores are alive at once
 
 
@@ -35,8 +34,7 @@ class Attend(Protocol):
 class PQHandle:
     """Stands for K and for V of one layer on their way from the cache to the attention function.
 
-    It has no dense form: any use as a tensor, which is what a model with another attention implementation
-    tries, raises a `UserError` that says what to do.
+    It has no dense form: any use as a tensor raises a `UserError` of one line.
     """
 
     def __init__(self, view: KVView, attend: Attend) -> None:
@@ -50,26 +48,31 @@ class PQHandle:
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("_"):  # what Python and pytree utilities probe for
             raise AttributeError(name)
-        raise UserError(
-            f"the model's attention cannot read a PQ cache (it asked for `.{name}` of K or V); "
-            f"build the cache from the model, or call model.set_attn_implementation({ATTENTION_NAME!r})"
-        )
+        _refuse(f".{name}")
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        _refuse(getattr(function, "__name__", str(function)))
 
 
-def use_pq_attention(model: PreTrainedModel) -> None:
-    """Make `model` use the attention implementation that serves PQ caches; dense caches keep working.
+def _refuse(use: str) -> NoReturn:
+    raise UserError(
+        f"the model's attention cannot read a PQ cache (it wants `{use}` of K or V): either the cache was "
+        "made from another model, or this architecture keeps K and V in a form that is not supported"
+    )
 
-    Raises:
-        UserError: the model's code does not go through transformers' attention interface.
-    """
-    if model.config.get_text_config(decoder=True)._attn_implementation == ATTENTION_NAME:
-        return
-    model.set_attn_implementation(ATTENTION_NAME)
-    if model.config.get_text_config(decoder=True)._attn_implementation != ATTENTION_NAME:
-        raise UserError(
-            f"model_type={model.config.model_type}: its attention cannot be replaced; accepted are models "
-            "that use transformers' attention interface"
-        )
+
+def _refusal(name: str) -> Any:
+    def operator(self: PQHandle, *args: Any) -> NoReturn:
+        _refuse(name)
+
+    return operator
+
+
+# Python looks operators up in the class, not by `__getattr__`.
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "matmul", "rmatmul", "neg",
+              "pow", "getitem", "setitem"):  # fmt: skip
+    setattr(PQHandle, f"__{_name}__", _refusal(f"__{_name}__"))
 
 
 def pq_attention_forward(

@@ -17,12 +17,13 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from million_cli.cache.contiguous import ContiguousStore
 from million_cli.cache.graph_steps import GraphSteps
+from million_cli.cache.modes import refuse_gradients
 from million_cli.cache.page_manager import PagePoolExhausted
 from million_cli.cache.paged import PagedStore
 from million_cli.cache.store import CodeStore
 from million_cli.cache.view import KVView, attend
 from million_cli.errors import UserError
-from million_cli.hf.attention import PQHandle, use_pq_attention
+from million_cli.hf.attention import PQHandle
 from million_cli.hf.compat import reset_dense_layer, tokens_to_remove
 from million_cli.hf.models import fingerprint, full_attention_layers
 from million_cli.hf.padding import LeftPadding
@@ -37,6 +38,7 @@ from million_cli.hf.select import (
     log_once,
     refuse,
 )
+from million_cli.hf.switch import use_pq_attention
 from million_cli.ops.store_ops import KernelFailed, StoreOps
 from million_cli.ops.support import KernelQuery, Store
 from million_cli.pq.codebook import Codebook
@@ -94,6 +96,7 @@ class PQCache(Cache):
 
     settings: ClassVar[tuple[str, ...]] = ()
     """Arguments of a class beyond those that all PQ caches take; a configuration has them under `cache`."""
+    needs_pq_attention = True  # read by `hf.switch`
     _layer_class = PQLayer
 
     def __init__(
@@ -229,17 +232,20 @@ class PQCache(Cache):
         """Append `[B, Hkv, N, D]` to the full-attention layer `position` (counted among those).
 
         Raises:
-            UserError: the batch differs from that of earlier appends, the shape from the codebook's, or a
-                strict cache would have to fall back.
+            UserError: another batch than before, a shape that the codebook is not for, gradients are wanted,
+                or a strict cache would have to fall back.
         """
-        if self.store.batch is None:
-            expected = (self._query.num_kv_heads, self._query.specs[0].keys.head_dim)
-            if (keys.shape[1], keys.shape[3]) != expected:
+        refuse_gradients(keys, values)
+        expected = (self._query.num_kv_heads, self._query.specs[0].keys.head_dim)
+        for shape in (keys.shape, values.shape):
+            if (shape[1], shape[3]) != expected:
                 raise UserError(
-                    f"(KV heads, head_dim)={(keys.shape[1], keys.shape[3])}: the codebook is for {expected}"
+                    f"(KV heads, head_dim)={(shape[1], shape[3])}: the codebook is for {expected}"
                 )
-            if (keys.device, keys.dtype) != (self._query.device, self._query.dtype):
-                self._decide(keys.device, keys.dtype)
+        if not keys.shape[2]:
+            raise UserError("a forward pass over no tokens: accepted is at least one")
+        if self.store.batch is None and (keys.device, keys.dtype) != (self._query.device, self._query.dtype):
+            self._decide(keys.device, keys.dtype)
         if keys.shape[2] > 1:
             self._padding.forget()
         try:
@@ -369,8 +375,9 @@ class DynamicPQCache(PQCache):
     """A KV cache of product codes in contiguous buffers that grow with the text, behind a residual window.
 
     Args:
-        model: the model to serve, whose attention implementation is set accordingly.  A configuration will do
-            too; then only shapes are checked, and the model must have had `use_pq_attention(model)`.
+        model: the model to serve; while this cache goes through it, it uses our attention function.  A
+            configuration will do too; then only shapes are checked, and the model must have had
+            `use_pq_attention(model)`.
         codebook: trained for the model, or the path of one.
         window: page size and residual window; the default is 64 and 128 tokens.
         prefill: what several new tokens at once attend to: "exact" K and V of all tokens that were not coded

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from million_cli.errors import UserError
 
 
 def tokens_to_remove(argument: int, length: int) -> int:
@@ -20,6 +23,37 @@ def tokens_to_remove(argument: int, length: int) -> int:
     if argument > 0:
         return max(0, length - argument)
     return min(-argument, length)
+
+
+def check_held(cache: Cache, tokens: int) -> None:
+    """Make sure that a model kept its text in the cache that it was given.
+
+    Some models drop or replace it: Phi-3 with longrope reads the text again, into a dense cache, where its
+    rotary embedding changes.  What such a run measures is not the cache.
+
+    Raises:
+        UserError: the cache holds another number of tokens.
+    """
+    held = int(cache.get_seq_length())
+    if held != tokens and type(cache) is not DynamicCache:
+        raise UserError(
+            f"the model did not keep its text in the cache: of {tokens} tokens it holds {held}; accepted are "
+            "texts below the length at which the model replaces its cache"
+        )
+
+
+def embedding_changes_at(config: PreTrainedConfig) -> int | None:
+    """The length beyond which a model embeds all positions anew (longrope), or None.
+
+    Keys that were cached before are then of another embedding.
+    """
+    text_config = config.get_text_config(decoder=True)
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return None
+    return rope.get("original_max_position_embeddings") or getattr(
+        text_config, "original_max_position_embeddings", None
+    )
 
 
 def reset_cache(cache: Cache) -> None:

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from million_cli.hf.step import padding_of_step
-
 _MARK = "_million_padding_of_one_token"
 
 
@@ -30,12 +28,8 @@ def padding_mask(
     """transformers' `sdpa_mask`, except that a plain causal decode step gets a view of its padding mask.
 
     Such a view, bool `[B, 1, 1, T]`, is marked for `LeftPadding`.  On a CPU, where looking is free, a mask
-    without padding is still left out.  For a layer that has nothing dense to mask (`kv_length` 0) it is that
-    of `step.padding_of_step`.
+    without padding is still left out.
     """
-    if kv_length == 0:
-        first_valid = None if attention_mask is None else attention_mask.int().argmax(-1).int()
-        return padding_of_step(first_valid, kwargs["device"])
     padding_only = (
         q_length == 1
         and mask_function is causal_mask_function

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from million_cli.cache.modes import refuse_gradients
 from million_cli.errors import UserError
 from million_cli.hf.attention import PQHandle
 from million_cli.hf.cache import PagedPQCache, PQLayer
@@ -34,6 +35,7 @@ class StaticPQLayer(PQLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.marker is None or key_states.shape[2] > 1:
             return super().update(key_states, value_states, *args, **kwargs)
+        refuse_gradients(key_states, value_states)
         handle = StepHandle(key_states, value_states, self.marker, self._position)
         return handle, handle
 
@@ -42,9 +44,9 @@ class StaticPQLayer(PQLayer):
         return self._cache.tokens  # type: ignore[attr-defined]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Asked before each step, on the host: (0, 0) says that a step is to come."""
+        """Asked before each step, on the host: the mask of a step is one of fixed size."""
         if self._cache.before_forward(query_length):  # type: ignore[attr-defined]
-            return 0, 0
+            return self.get_max_length(), 0
         return self._cache.store.length(self._position) + query_length, 0
 
     def get_max_length(self) -> int:

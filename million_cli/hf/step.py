@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from million_cli.errors import UserError
+
 _LIBRARY = torch.library.Library("million", "FRAGMENT")
 _LIBRARY.define(
     "step(Tensor query, Tensor key, Tensor value, Tensor marker, Tensor? first_valid, int layer, float scale)"
@@ -155,25 +157,40 @@ def padding_of_step(first_valid: Tensor | None, device: torch.device) -> Tensor:
     return first_valid[:, None, None, None]
 
 
-def step_attention(
-    query: Tensor, handle: StepHandle, mask: Tensor | None, scale: float
-) -> tuple[Tensor, None]:
-    """Attention of one new token, `query [B, Hq, 1, D]`; `mask` is that of `padding_of_step`.
+def step_attention(query: Tensor, handle: StepHandle, mask: Any, scale: float) -> tuple[Tensor, None]:
+    """Attention of one new token, `query [B, Hq, 1, D]`.
+
+    Args:
+        mask: that of `padding_of_step`, or what the model's own implementation makes of padding: None, bool
+            `[B, T]` or `[B, 1, 1, T]`, or additive floats; T is at least the length.
 
     Returns:
         `[B, 1, Hq, D]` and no attention weights, as transformers wants it.
+
+    Raises:
+        UserError: a mask of another kind.
     """
-    assert mask is not None
-    assert mask.dtype == torch.int32
-    first_valid = mask.flatten() if mask.numel() else None
     arguments = (
         query.squeeze(2),
         handle.key.squeeze(2),
         handle.value.squeeze(2),
         handle.marker,
-        first_valid,
+        _first_valid(mask, query.shape[0]),
         handle.layer,
         scale,
     )
     output = torch.ops.million.step(*arguments)
     return output.unsqueeze(1), None
+
+
+def _first_valid(mask: Any, batch: int) -> Tensor | None:
+    """int32 `[B]`: the first position that a step's mask shows, or None if all are."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
+        raise UserError(f"attention_mask: a {type(mask).__name__}; accepted is padding on the left")
+    if mask.dtype == torch.int32 and mask.ndim == 4:
+        return mask.flatten() if mask.numel() else None
+    seen = mask.flatten(1)
+    seen = seen >= 0 if seen.is_floating_point() else seen.bool()
+    return seen.int().argmax(-1).int().expand(batch)

@@ -15,6 +15,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from million_cli.hf.compat import check_held
+
 
 @contextmanager
 def plain_generation(model: PreTrainedModel, stops: Sequence[int]) -> Iterator[None]:
@@ -61,6 +63,9 @@ def greedy(
 
     Returns:
         Token ids of each answer, with its first stop as the last one.
+
+    Raises:
+        UserError: the model did not use the cache throughout.
     """
     width = max(map(len, prompts))
     padding = [width - len(ids) for ids in prompts]
@@ -84,6 +89,7 @@ def greedy(
             past_key_values=cache,
             generation_config=settings,
         )
+    check_held(cache, output.shape[1] - 1)  # the newest token is not read
     return [_until_stop(answer, stops) for answer in output[:, width:].tolist()]
 
 

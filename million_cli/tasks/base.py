@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -24,6 +24,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from million_cli.errors import UserError
+from million_cli.hf.compat import check_held
+from million_cli.hf.switch import use_pq_attention
 
 Prefill = Literal["exact", "quantized", "distort"]
 Scalar = str | int | float | bool | None
@@ -109,8 +111,16 @@ def check_extra(who: str, extra: str, modules: Sequence[str]) -> None:
 
 
 def dense_cache(model: PreTrainedModel) -> DynamicCache:
-    """transformers' own cache, empty."""
-    return DynamicCache(config=model.config)
+    """transformers' own cache, empty.
+
+    It is read by the attention function that PQ caches use, where the model has that, so that a comparison
+    shows the codes alone (transformers' sdpa has no softcap).
+    """
+    cache = DynamicCache(config=model.config)
+    with suppress(UserError):
+        use_pq_attention(model)
+        cache.needs_pq_attention = True  # type: ignore[attr-defined]  # read by hf.switch
+    return cache
 
 
 def memory_metrics(cache: Cache, dense: Cache) -> dict[str, Scalar]:
@@ -157,6 +167,7 @@ def memory_of_prompt(model: PreTrainedModel, cache: Cache, ids: Sequence[int]) -
     prompt = torch.tensor([ids], device=model.device)
     for each in (cache, dense):
         model(input_ids=prompt, past_key_values=each, use_cache=True, logits_to_keep=1)
+        check_held(each, prompt.shape[1])
     return memory_metrics(cache, dense)
 
 

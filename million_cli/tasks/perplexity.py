@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from million_cli.errors import UserError
+from million_cli.hf.compat import check_held
 from million_cli.progress import progress
 from million_cli.tasks.base import (
     CacheFactory,
@@ -314,14 +315,19 @@ def read_states(
         if head is None:
             found.append(read_at_once(model, part, cache))
         else:
+            held = int(cache.get_seq_length())
             output = model.get_decoder()(input_ids=part, past_key_values=cache, use_cache=True)
+            check_held(cache, held + part.shape[1])
             found.append(output.last_hidden_state)
     return torch.cat(found, dim=1)
 
 
 def read_at_once(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
     """Logits `[B, T, V]` of one forward pass over `ids [B, T]` through an empty cache."""
-    return model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+    held = int(cache.get_seq_length())
+    logits: Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+    check_held(cache, held + ids.shape[1])
+    return logits
 
 
 def _log_softmax(logits: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from million_cli import files
 from million_cli.calibration.sampling import Samples, SamplingCache, read_text
 from million_cli.errors import UserError
-from million_cli.hf.attention import ATTENTION_NAME
+from million_cli.hf.switch import ATTENTION_NAME
 
 
 def read(cache: SamplingCache, architecture: str, contexts: range, chunk_tokens: int = 2048) -> None:

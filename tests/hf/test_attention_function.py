@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, WINDOW, codebook_for, forward, random_ids, tiny_model
+from tiny_models import ARCHITECTURES, WINDOW, codebook_for, forward, new_model, random_ids, tiny_model
 from transformers import DynamicCache, StaticCache
 
 from million_cli.errors import UserError
-from million_cli.hf.attention import ATTENTION_NAME, pq_attention_forward, use_pq_attention
+from million_cli.hf.attention import pq_attention_forward
 from million_cli.hf.cache import DynamicPQCache
+from million_cli.hf.switch import ATTENTION_NAME, use_pq_attention
 from million_cli.spec import ModelFingerprint, WindowSpec
 
 
@@ -45,13 +46,22 @@ def test_text_within_the_window_is_exact(architecture: str) -> None:
     torch.testing.assert_close(torch.cat(parts, dim=1), forward(model, None, ids), rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_other_attention_implementations_get_a_clear_error(implementation: str) -> None:
-    model = tiny_model("qwen2")
-    cache = DynamicPQCache(model, codebook_for("qwen2"), WINDOW)
-    model.set_attn_implementation(implementation)
-    with pytest.raises(UserError, match=r"set_attn_implementation\('million_pq'\)") as error:
-        forward(model, cache, random_ids(1, 40))
+@pytest.mark.parametrize("use", [
+    lambda handle: handle.shape,
+    lambda handle: handle.transpose(1, 2),
+    lambda handle: torch.chunk(handle, 2, dim=1),
+    lambda handle: torch.zeros(3, 4) @ handle,
+    lambda handle: handle * 2,
+    lambda handle: handle[:, :1],
+    lambda handle: list(handle),
+    lambda handle: torch.nn.functional.scaled_dot_product_attention(torch.zeros(1, 1, 1, 8), handle, handle),
+])  # fmt: skip
+def test_any_use_of_a_handle_as_a_tensor_ends_in_one_line(use: Any) -> None:
+    cache = DynamicPQCache(tiny_model(), codebook_for(), WINDOW)
+    K = torch.randn(1, 2, 40, 16, dtype=torch.float64)
+    handle, _ = cache.update(K, K, 0)
+    with pytest.raises(UserError, match="attention cannot read a PQ cache") as error:
+        use(handle)
     assert "\n" not in str(error.value)
 
 
@@ -78,7 +88,7 @@ def test_features_without_a_form_over_codes_are_refused(options: dict[str, Any],
 def test_attention_weights_are_refused_through_the_model() -> None:
     model = tiny_model()
     cache = DynamicPQCache(model, codebook_for(), WINDOW)
-    with pytest.raises((UserError, ValueError), match="output_attentions"):
+    with pytest.raises((UserError, ValueError), match="output_attentions"), torch.no_grad():
         model(random_ids(1, 40), past_key_values=cache, output_attentions=True)
 
 
@@ -129,8 +139,7 @@ def test_bad_arguments() -> None:
 
 
 def test_model_outside_the_attention_interface_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("phi3")
-    model.set_attn_implementation("sdpa")
+    model = new_model("phi3")
     monkeypatch.setattr(model, "set_attn_implementation", lambda name: None)
     with pytest.raises(UserError, match="model_type=phi3: its attention cannot be replaced"):
         use_pq_attention(model)

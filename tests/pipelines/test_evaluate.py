@@ -10,8 +10,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from million_cli.errors import UserError
-from million_cli.hf.attention import use_pq_attention
 from million_cli.hf.models import random_model
+from million_cli.hf.switch import use_pq_attention
 from million_cli.hydra_app import compose
 from million_cli.pipelines import evaluate as pipeline
 from million_cli.pipelines.evaluate import run_evaluate

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from million_cli.hf.compat import check_held
 from million_cli.progress import progress
 from million_cli.tasks.answers import plain_generation, stop_tokens
 
@@ -49,10 +50,12 @@ class CachedLM(HFLM):
         """The harness's generation of one left-padded batch `context [B, T]`, into an empty cache."""
         for ids, mask in zip(context, settings["attention_mask"], strict=True):
             self.longest = max(self.longest, ids[mask.bool()].tolist(), key=len)
+        cache = self.make()
         # What the task leaves open is the harness's and transformers' default, never the model's own setting.
         with plain_generation(self.model, stop_tokens(self.model, self.tokenizer)):
             output: Tensor = super()._model_generate(
-                context, max_length=max_length, stop=stop, past_key_values=self.make(), **settings
+                context, max_length=max_length, stop=stop, past_key_values=cache, **settings
             )
+        check_held(cache, output.shape[1] - 1)
         self._bar.update(len(context))
         return output
