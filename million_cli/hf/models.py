@@ -28,7 +28,8 @@ DTYPES = {
     "float64": torch.float64,
 }
 _ACCEPTED = f"a folder, a GGUF file, a hub name, {REFERENCE_MODEL} or {SMOLLM2}"
-_PROJECTIONS = ("k_proj", "v_proj", "qkv_proj")
+# The last ones are fused with the queries: Phi-3; GPT-2, BigCode; GPT-NeoX, Persimmon; DBRX.
+_PROJECTIONS = ("k_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv")
 
 
 def load_model(
@@ -184,7 +185,7 @@ def fingerprint(model: PreTrainedModel) -> ModelFingerprint:
         if index not in attention:
             raise UserError(
                 f"model_type={model.config.model_type} cannot be served: layer {index} makes keys and values "
-                f"in an unknown way; accepted are layers with k_proj and v_proj, or qkv_proj"
+                f"in an unknown way; accepted are k_proj and v_proj, or {', '.join(_PROJECTIONS[2:])}"
             )
         module = attention[index]
         shapes.add(_kv_shape(module, model.config.get_text_config(decoder=True)))
@@ -286,7 +287,7 @@ def attention_modules(model: PreTrainedModel) -> Iterator[tuple[int, nn.Module]]
 
 
 def _kv_projections(module: nn.Module) -> list[Any]:
-    """The linear maps to K and V: two of them, or one that is fused with the queries' (Phi-3)."""
+    """The linear maps to K and V: two of them, or one that is fused with the queries'."""
     projections = [getattr(module, name, None) for name in _PROJECTIONS]
     return [p for p in projections if isinstance(p, nn.Module) and hasattr(p, "weight")]
 
@@ -296,5 +297,12 @@ def _kv_shape(module: nn.Module, config: PreTrainedConfig) -> tuple[int, int]:
     head_dim = int(getattr(module, "head_dim", config.hidden_size // config.num_attention_heads))
     k_proj = getattr(module, "k_proj", None)
     if k_proj is None:
-        return config.num_key_value_heads, head_dim
+        for owner, name in (
+            (module, "num_key_value_heads"),
+            (module, "kv_heads"),
+            (config, "num_key_value_heads"),
+        ):
+            if isinstance(heads := getattr(owner, name, None), int):
+                return heads, head_dim
+        return config.num_attention_heads, head_dim
     return k_proj.out_features // head_dim, head_dim
