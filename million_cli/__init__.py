@@ -5,7 +5,7 @@ Train a codebook for a model on some text, then generate with a cache of codes:
     from million_cli import PagedPQCache, load_model, train_codebook
 
     model, tokenizer = load_model("reference")
-    codebook = train_codebook(model, tokenizer, open("calibration.txt").read(), M=32, nbits=8)
+    codebook = train_codebook(model, tokenizer, open("calibration.txt").read(), recipe="pq-4bit")
     codebook.save("codebook.safetensors")
 
     cache = PagedPQCache(model, "codebook.safetensors")
@@ -28,12 +28,14 @@ if TYPE_CHECKING:
     from million_cli.hf.cache import DynamicPQCache, PagedPQCache
     from million_cli.hf.models import load_model
     from million_cli.hf.static import StaticPQCache
+    from million_cli.recipe import Recipe
 
 __all__ = [
     "DenseCache",
     "DynamicPQCache",
     "Engine",
     "PagedPQCache",
+    "Recipe",
     "StaticPQCache",
     "load_model",
     "train_codebook",
@@ -45,6 +47,7 @@ _HOME = {
     "StaticPQCache": "million_cli.hf.static",
     "DynamicPQCache": "million_cli.hf.cache",
     "PagedPQCache": "million_cli.hf.cache",
+    "Recipe": "million_cli.recipe",
     "load_model": "million_cli.hf.models",
     "train_codebook": "million_cli.calibration.calibrate",
 }

@@ -54,8 +54,9 @@ def self_test() -> int:
     from million_cli import PagedPQCache
     from million_cli.calibration.sampling import SamplingCache, read_text
     from million_cli.hf.models import random_model
-    from million_cli.pq import TrainSpec, train_codebook
-    from million_cli.spec import CodeSpec, PQSpec, WindowSpec
+    from million_cli.pq import Setup, train_codebook
+    from million_cli.recipe import Recipe
+    from million_cli.spec import WindowSpec
 
     shape = {"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32}
     heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -63,12 +64,13 @@ def self_test() -> int:
     ids = torch.arange(96)[None] % 64
     cache = SamplingCache(model, samples=96)
     read_text(model, cache, ids)
-    spec = CodeSpec(head_dim=16, M=8, nbits=4)
+    recipe = Recipe().override(
+        "train.iterations=2", "quantizer.bits=null", "quantizer.keys.nbits=4", "quantizer.values.nbits=4"
+    )
     codebook = train_codebook(
         *cache.samples(),
-        PQSpec(spec, spec),
         cache.fingerprint,
-        TrainSpec(iterations=2),
+        Setup(recipe),
         calibration="self-test",
         calibration_sha256="",
         tokens=96,

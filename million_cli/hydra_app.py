@@ -31,7 +31,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from million_cli.conf import conf_folder
 from million_cli.errors import UserError
 from million_cli.files import CANNOT_WRITE, reason
-from million_cli.pipelines.config import JobConfig
+from million_cli.pipelines.config import JobConfig, schema
 from million_cli.pipelines.given import refuse_unread
 from million_cli.registry import CODECS, TASKS
 from million_cli.results import Provenance, Record, Status, check_destination, now, running
@@ -113,7 +113,7 @@ def to_job_config(config: DictConfig) -> JobConfig:
     try:
         # Merged once more, because Hydra lets `+key=value` past the schema.
         plain = OmegaConf.to_container(config)
-        job = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(JobConfig), plain))
+        job = OmegaConf.to_object(OmegaConf.merge(schema(), plain))
     except Exception as error:
         _raise_as_user_error(error)
     assert isinstance(job, JobConfig)
@@ -254,7 +254,7 @@ def _register_schema(arguments: Sequence[str]) -> None:
     overrides of them compose.
     """
     store = ConfigStore.instance()
-    store.store(name="schema", node=JobConfig)
+    store.store(name="schema", node=schema())
     for group, registry in (("task", TASKS), ("quantizer", CODECS)):
         for name in registry.added:
             if name in registry.own:

@@ -8,8 +8,8 @@ from typing import Any
 from tqdm import tqdm
 
 
-def progress(total: int, description: str, unit: str) -> tqdm[Any]:
-    """A bar to `update(n)`, as a context manager."""
+def progress(total: int, description: str, unit: str, shown: bool = True) -> tqdm[Any]:
+    """A bar to `update(n)`, as a context manager; without `shown` it is silent."""
     interval = 0.2 if sys.stderr.isatty() else 10.0
     return tqdm(
         total=total,
@@ -19,4 +19,5 @@ def progress(total: int, description: str, unit: str) -> tqdm[Any]:
         mininterval=interval,
         maxinterval=interval,
         dynamic_ncols=True,
+        **({} if shown else {"disable": True}),  # otherwise TQDM_DISABLE decides
     )

@@ -20,9 +20,10 @@ import typer
 
 from million_cli.calibration.sampling import Samples
 from million_cli.files import write_safetensors
-from million_cli.pq import Budget, TrainSpec, train_codebook
+from million_cli.pq import Setup, train_codebook
 from million_cli.progress import progress
-from million_cli.spec import CodeSpec, ModelFingerprint, PQSpec
+from million_cli.recipe import Recipe
+from million_cli.spec import ModelFingerprint
 
 
 def write_samples(folder: Path, fingerprint: ModelFingerprint, n: int) -> None:
@@ -39,7 +40,7 @@ def write_samples(folder: Path, fingerprint: ModelFingerprint, n: int) -> None:
         for side in ("key", "value"):
             tensors[f"{side}_squares"] = torch.randn(shape[:2], generator=generator).square()
         write_safetensors(folder / shards[str(layer)], tensors)
-    manifest = {"format": 3, "fingerprint": fingerprint.to_dict(), "shards": shards}
+    manifest = {"format": 4, "fingerprint": fingerprint.to_dict(), "shards": shards}
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -67,9 +68,7 @@ def main(
     if head_dim % 8:
         raise typer.BadParameter(f"--head-dim {head_dim}: accepted are multiples of 8, the widest code")
     fingerprint = ModelFingerprint("llama", layers, tuple(range(layers)), heads, head_dim, "")
-    choices = tuple(CodeSpec(head_dim, head_dim // width, 8) for width in (1, 2, 4, 8))
-    uniform = PQSpec(choices[1], choices[1])
-    spec = Budget(choices, bits, uniform) if bits else uniform
+    recipe = Recipe.named("pq-4bit", f"quantizer.bits={bits or 'null'}", f"train.iterations={iterations}")
     root = torch.randn(layers, heads, head_dim, head_dim, dtype=torch.float64)
     information = root @ root.mT / head_dim
     with tempfile.TemporaryDirectory() as name, progress(1, "training", "k-means") as bar:
@@ -85,17 +84,8 @@ def main(
         codebook = train_codebook(
             keys,
             values,
-            spec,
             fingerprint,
-            TrainSpec(
-                key_rotation="opq",
-                value_rotation="opq",
-                key_metric="fisher",
-                value_metric="fisher",
-                weighting="gradient",
-                iterations=iterations,
-                device=device,
-            ),
+            Setup(recipe, device=device),
             information=(information, information),
             squares=gathered.squares(),
             calibration="synthetic",

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from million_cli.hf.models import fingerprint
 from million_cli.pq.codebook import Codebook, CodebookMeta, ProductQuantizer
 from million_cli.pq.transform import Transform
+from million_cli.recipe import Recipe
 from million_cli.spec import CodeSpec
 
 
@@ -42,14 +43,9 @@ def random_codebook(
         calibration_sha256="",
         tokens=0,
         samples=0,
+        held_out=0,
         seed=1,
-        trainer="random",
-        seeding="none",
-        iterations=0,
-        key_rotation="random",
-        value_rotation="random",
-        key_metric="euclidean",
-        value_metric="euclidean",
+        recipe=Recipe(),
         key_error=[],
         value_error=[],
     )

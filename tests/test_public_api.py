@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from million_cli.errors import UserError
 from million_cli.hf import models as hf_models
 from million_cli.hf.models import random_model
 from million_cli.pq.codebook import Codebook
-from million_cli.pq.train import TrainSpec
+from million_cli.recipe import Recipe, SideCodes
 
 
 @pytest.fixture
@@ -31,7 +33,7 @@ def reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shape = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
     config = {"model_type": "llama", "vocab_size": 257, "hidden_size": 64, "intermediate_size": 64, **shape}
     folder = tmp_path / "reference-model"
-    random_model({**config, "eos_token_id": 256}).save_pretrained(folder)
+    random_model({**config, "eos_token_id": 256, "max_position_embeddings": 512}).save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
     monkeypatch.setattr(hf_models, "REFERENCE_FOLDER", folder)
     return folder
@@ -46,7 +48,7 @@ def test_example_in_the_docstring(
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
     monkeypatch.chdir(tmp_path)
     Path("calibration.txt").write_text(
-        "".join(f"The {i}th line of a text that says little. " for i in range(150))
+        "".join(f"The {i}th line of a text that says little. " for i in range(50))
     )
     names: dict[str, object] = {}
     exec(code, names)
@@ -58,35 +60,39 @@ def test_example_in_the_docstring(
     assert "key_codes" in capsys.readouterr().out
 
 
-def test_train_codebook_takes_sides_apart(reference: Path) -> None:
+def test_train_codebook_takes_a_changed_recipe(reference: Path) -> None:
     model, tokenizer = million_cli.load_model("reference")
-    settings = TrainSpec(scope="layer", seed=3, iterations=2)
-    text = "one two three four " * 40
-    codebook = million_cli.train_codebook(
-        model, tokenizer, text, (16, 8), (4, 3), samples=128, settings=settings
+    recipe = Recipe.named("pq-4bit", "sample.context=160", "sample.code=0")
+    quantizer = replace(
+        recipe.quantizer, scope="layer", bits=None, keys=SideCodes(16, nbits=4), values=SideCodes(8, nbits=3)
     )
+    recipe = replace(recipe, quantizer=quantizer)
+    text = "one two three four " * 80
+    codebook = million_cli.train_codebook(model, tokenizer, text, recipe, seed=3, show_progress=False)
     assert isinstance(codebook, Codebook)
     assert (codebook.specs[0].keys.M, codebook.specs[1].keys.nbits) == (16, 4)
     assert (codebook.specs[0].values.M, codebook.specs[1].values.nbits) == (8, 3)
-    assert codebook.meta.tokens == len(tokenizer(text).input_ids)
-    assert codebook.meta.seed == 3
+    assert codebook.meta.tokens == len(tokenizer(text).input_ids) // 160 * 160 + 160  # and a repetition
+    assert (codebook.meta.recipe, codebook.meta.seed) == (recipe, 3)
     assert million_cli.DynamicPQCache(model, codebook).bits == codebook.bits_per_element
 
 
 @pytest.mark.parametrize(
-    ("text", "options", "message"),
+    ("text", "recipe", "options", "message"),
     [
-        ("", {}, "text is empty"),
-        ("text", {"M": 7}, "M=7"),
-        ("text", {"nbits": 17}, "nbits=17"),
-        ("text", {"samples": 0}, "samples=0"),
-        ("text", {"context_tokens": 0}, "context_tokens=0"),
+        ("", "pq-4bit", {}, "text is empty"),
+        ("text", "pq-5bit", {}, "recipe=pq-5bit: accepted are million-paper"),
+        ("text", "pq-4bit", {"seed": -1}, "seed=-1"),
+        ("text " * 10, "pq-4bit", {}, "samples for 256 centroids: accepted are at least as many"),
+        ("text", Recipe().override("quantizer.keys.M=7"), {}, "M=7 does not divide head_dim=64"),
     ],
 )
-def test_train_codebook_refuses(reference: Path, text: str, options: dict[str, int], message: str) -> None:
+def test_train_codebook_refuses(
+    reference: Path, text: str, recipe: str | Recipe, options: dict[str, Any], message: str
+) -> None:
     model, tokenizer = million_cli.load_model("reference")
     with pytest.raises(UserError, match=message):
-        million_cli.train_codebook(model, tokenizer, text, **{"M": 16, "nbits": 2, **options})
+        million_cli.train_codebook(model, tokenizer, text, recipe, show_progress=False, **options)
 
 
 def test_every_name_is_there() -> None:

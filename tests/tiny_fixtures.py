@@ -15,6 +15,7 @@ from million_cli.hf.cache import DynamicPQCache, PagedPQCache
 from million_cli.hf.models import random_model
 from million_cli.pipelines.session import byte_tokenizer
 from million_cli.pq import Codebook
+from million_cli.recipe import Recipe
 from million_cli.spec import WindowSpec
 from million_cli.text import Text, synthetic_text
 
@@ -54,8 +55,17 @@ def tiny() -> Tiny:
         "initializer_range": 0.3,
     }
     model, tokenizer = random_model(shape, seed=0, dtype="float64"), byte_tokenizer()
+    recipe = Recipe.named(
+        "pq-4bit",
+        "quantizer.bits=null",
+        "quantizer.keys.nbits=4",
+        "quantizer.values.nbits=4",
+        "sample.context=128",
+        "sample.code=0",
+        "sample.repeats=0",
+    )
     codebook = million_cli.train_codebook(
-        model, tokenizer, synthetic_text(1, 2000), M=8, nbits=4, samples=512, context_tokens=128
+        model, tokenizer, synthetic_text(1, 2000), recipe, show_progress=False
     )
     return Tiny(model, tokenizer, codebook)
 

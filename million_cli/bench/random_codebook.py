@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from million_cli.hf.models import fingerprint
 from million_cli.pq.codebook import Codebook, CodebookMeta, ProductQuantizer
 from million_cli.pq.transform import Transform
+from million_cli.recipe import Quantizer, Recipe
 from million_cli.spec import CodeSpec, PQSpec
 
 
@@ -38,14 +39,9 @@ def random_codebook(model: PreTrainedModel, specs: Sequence[PQSpec], seed: int) 
         calibration_sha256="",
         tokens=0,
         samples=0,
+        held_out=0,
         seed=seed,
-        trainer="random",
-        seeding="none",
-        iterations=0,
-        key_rotation="random",
-        value_rotation="random",
-        key_metric="none",
-        value_metric="none",
+        recipe=Recipe(Quantizer(name="random")),
         key_error=[],
         value_error=[],
     )

@@ -12,7 +12,6 @@ from million_cli.ops.codes import CodeReader, ContiguousCodes
 from million_cli.ops.layouts import RowLayout
 from million_cli.ops.store_ops import StoreOps
 from million_cli.pq.codebook import LayerPQ
-from million_cli.pq.codec import Backend
 from million_cli.spec import WindowSpec
 
 
@@ -32,11 +31,11 @@ class ContiguousStore(CodeStore):
         window: WindowSpec | None = None,
         *,
         prefill: Prefill = "exact",
-        backend: Backend = "torch",
+        encoder: str = "torch",
         max_length: int | None = None,
         ops: StoreOps | None = None,
     ) -> None:
-        super().__init__(layers, window, prefill=prefill, backend=backend, ops=ops)
+        super().__init__(layers, window, prefill=prefill, encoder=encoder, ops=ops)
         self._reserved_tokens = self.window.coded_length(max_length or 0)
         P = self.window.page_size
         self._layouts = [(RowLayout(spec.keys, P), RowLayout(spec.values, P)) for spec in self.specs]

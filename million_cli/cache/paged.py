@@ -16,7 +16,6 @@ from million_cli.ops.codes import CodeReader, PagedCodes
 from million_cli.ops.layouts import Layout, RowLayout, TransposedLayout
 from million_cli.ops.store_ops import StoreOps
 from million_cli.pq.codebook import LayerPQ
-from million_cli.pq.codec import Backend
 from million_cli.spec import WindowSpec
 
 
@@ -58,13 +57,13 @@ class PagedStore(CodeStore):
         window: WindowSpec | None = None,
         *,
         prefill: Prefill = "exact",
-        backend: Backend = "torch",
+        encoder: str = "torch",
         max_pages: int | None = None,
         ops: StoreOps | None = None,
     ) -> None:
         if max_pages is not None and max_pages < 1:
             raise UserError(f"max_pages={max_pages}: accepted are positive integers")
-        super().__init__(layers, window, prefill=prefill, backend=backend, ops=ops)
+        super().__init__(layers, window, prefill=prefill, encoder=encoder, ops=ops)
         self.max_pages = max_pages
         P = self.window.page_size
         self._layouts: list[tuple[Layout, Layout]] = [
@@ -120,7 +119,7 @@ class PagedStore(CodeStore):
             [(state.keys, state.values) for state in self._layers],
             self.window,
             prefill=self.prefill,
-            backend=self.backend,
+            encoder=self.encoder,
             ops=ops,
         )
         for layer, state in enumerate(self._layers):

@@ -27,7 +27,7 @@ from million_cli.errors import UserError
 from million_cli.ops.codes import CodeReader
 from million_cli.ops.store_ops import DeviceLayer, StoreOps, run_operation
 from million_cli.pq.codebook import LayerPQ
-from million_cli.pq.codec import Backend, decode, encode
+from million_cli.pq.codec import decode, encode, find_encoder
 from million_cli.spec import PQSpec, WindowSpec
 
 PREFILLS: tuple[Prefill, ...] = ("exact", "quantized")
@@ -57,12 +57,12 @@ class CodeStore(CodeHooks):
             coded before, exact vectors of the rest including the new ones.  "quantized": each query sees
             what it would see if the tokens were appended one by one.  An append of one token is a decode step
             under either: the query sees the state after the append.
-        backend: codec used to encode.
+        encoder: finds nearest centroids where no compiled operation does.
         ops: compiled operations that encode, append and attend in place of torch and say how codes are laid
             out.  Setting the attribute to None later goes on in torch over the same tensors.
 
     Raises:
-        UserError: prefill is neither "exact" nor "quantized".
+        UserError: prefill is neither "exact" nor "quantized", or the encoder is not to be had here.
     """
 
     def __init__(
@@ -71,15 +71,16 @@ class CodeStore(CodeHooks):
         window: WindowSpec | None = None,
         *,
         prefill: Prefill = "exact",
-        backend: Backend = "torch",
+        encoder: str = "torch",
         ops: StoreOps | None = None,
     ) -> None:
         if prefill not in PREFILLS:
             raise UserError(f"prefill={prefill!r}: accepted are {', '.join(PREFILLS)}")
+        find_encoder(encoder)
         assert layers
         self.window = window or WindowSpec()
         self.prefill: Prefill = prefill
-        self.backend: Backend = backend
+        self.encoder = encoder
         self.ops = ops
         self.batch: int | None = None
         self._expected = 0  # tokens a sequence that will be codes in the end
@@ -147,7 +148,7 @@ class CodeStore(CodeHooks):
             What the N new queries attend to.
 
         Raises:
-            UserError: the batch differs from that of earlier appends, or the backend is not to be had here.
+            UserError: the batch differs from that of earlier appends, or the encoder is not to be had here.
             PagePoolExhausted: (paged) no room for the new pages; nothing has changed, in any layer.
             KernelFailed: an operation of `ops` failed; the same append in torch (`ops` None) is right.
         """
@@ -222,10 +223,7 @@ class CodeStore(CodeHooks):
             else:
                 work()
             return
-        key_codes, value_codes = (
-            encode(k, state.keys, backend=self.backend),
-            encode(v, state.values, backend=self.backend),
-        )
+        key_codes, value_codes = (encode(k, state.keys, self.encoder), encode(v, state.values, self.encoder))
         self._write(layer, start, key_codes, value_codes)
 
     @plain_no_grad

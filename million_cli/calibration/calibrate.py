@@ -1,90 +1,239 @@
-"""From a model and a text to a codebook, in one call."""
+"""From a model and a text to a codebook: the loop that the command line and the Python API share."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
+import os
+import time
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from million_cli.calibration.information import Information, NoGradients
-from million_cli.calibration.sampling import SamplingCache, read_text
+from million_cli.calibration.measured import Measure
+from million_cli.calibration.sampling import Sampled, Samples, SamplingCache, read_text
+from million_cli.calibration.windows import CODE, batches, calibration_windows
 from million_cli.errors import UserError
-from million_cli.pq import train
-from million_cli.pq.codebook import Codebook
-from million_cli.spec import CodeSpec, PQSpec
+from million_cli.hf.models import fingerprint
+from million_cli.pq import Codebook, Setup
+from million_cli.pq import train_codebook as train_on_samples
+from million_cli.progress import progress
+from million_cli.recipe import Recipe
+from million_cli.spec import WindowSpec
+from million_cli.text import Text, load_text
+
+logger = logging.getLogger("million")
+SAVE_EVERY_S = 60.0
+_TOKENIZER_PROBE_CHARACTERS = 4096
 
 
 def train_codebook(
     model: PreTrainedModel,
     tokenizer: Any,
     text: str,
-    M: int | tuple[int, int],
-    nbits: int | tuple[int, int] = 8,
+    recipe: str | Recipe = "pq-4bit",
     *,
-    samples: int = 16384,
-    context_tokens: int = 2048,
-    information_tokens: int = 32768,
-    settings: train.TrainSpec | None = None,
+    seed: int = 0,
+    folder: str | os.PathLike[str] | None = None,
+    window: WindowSpec | None = None,
+    show_progress: bool = True,
 ) -> Codebook:
-    """Let `model` read `text`, sample its K and V, and train a codebook on them.
+    """Let `model` read `text`, sample its keys and values, and train a codebook on them.
+
+    `million train-codebook` gives the same codebook for the same text, recipe, seed and device.
 
     Args:
         tokenizer: of the model.
         text: like the one the cache will serve, but not the one it is judged on.
-        M: subspaces of a head's vector, for keys and values alike or as (keys, values).
-        nbits: bits of a code, likewise; bits an element are M * nbits / head_dim.
-        samples: tokens kept a layer for training.
-        context_tokens: the text is read in contexts of that many tokens.
-        information_tokens: the Fisher information is gathered from about that many.
-        settings: scope, rotation, metric, trainer and seed; the default is a codebook and a transform a layer
-            and head, fitted in the metric of the Fisher information and weighted by gradients.
+        recipe: a name under `conf/quantizer` ("pq-4bit"), or a recipe, such as
+            `Recipe.named("pq-4bit", "quantizer.bits=3.5")`.
+        seed: of every random choice, >= 0.
+        folder: keeps the samples, so that an interrupted calibration goes on from there; None keeps nothing.
+        window: of the caches that will use the codebook: a budget of bits is measured behind it.
+        show_progress: whether progress bars are shown, on stderr.
 
     Raises:
-        UserError: a text that is empty, or an argument out of range.
+        UserError: an unknown recipe, a text too short for it, codes that do not fit the model, an unsupported
+            architecture, or a folder with samples of something else.
     """
-    settings = settings or train.TrainSpec(
-        key_rotation="opq",
-        value_rotation="opq",
-        key_metric="fisher",
-        value_metric="fisher",
-        weighting="gradient",
-    )
-    if context_tokens < 1:
-        raise UserError(f"context_tokens={context_tokens}: accepted are 1 and more")
-    cache = SamplingCache(model, samples, settings.seed)
-    head_dim = cache.fingerprint.head_dim
-    (M_keys, M_values), (bits_keys, bits_values) = _pair(M), _pair(nbits)
-    spec = PQSpec(CodeSpec(head_dim, M_keys, bits_keys), CodeSpec(head_dim, M_values, bits_values))
-    token_ids = torch.tensor(tokenizer(text, verbose=False).input_ids, dtype=torch.long)
-    if not len(token_ids):
-        raise UserError("the calibration text is empty")
-    information = Information(model, seed=settings.seed)
-    differentiable = "fisher" in (settings.key_metric, settings.value_metric)
-    for context in token_ids.split(context_tokens):
-        first = cache.seen
-        read_text(model, cache, context[None])
-        if differentiable and information.read_tokens < information_tokens:
-            try:
-                cache.weigh(information.read(context[None]), first)
-            except NoGradients:  # the card says that the metric is the plain one
-                differentiable = False
-                information.forget()
-    keys, values = cache.samples()
-    return train.train_codebook(
-        keys,
-        values,
-        spec,
-        cache.fingerprint,
-        settings,
-        information=information.mean(),
-        squares=cache.squares(),
-        calibration=f"{len(text)} characters given by the caller",
-        calibration_sha256=hashlib.sha256(text.encode("utf-8")).hexdigest(),
-        tokens=len(token_ids),
-    )
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.named(recipe)
+    given = Text(text, f"{len(text)} characters given by the caller")
+    calibration = Calibration(model, tokenizer, given, recipe, seed, window or WindowSpec(), show_progress)
+    return calibration.train(calibration.sample(None if folder is None else Path(folder)))
 
 
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else value
+@dataclass
+class Calibration:
+    """One calibration of one model.
+
+    Attributes:
+        text: to read, and `recipe` and `seed`, which decide the rest.
+        window: of the caches; only a measured budget of bits depends on it.
+        shown: whether progress bars are.
+
+    Raises:
+        UserError: the text is empty, or the trainer or encoder of the recipe is not to be had here.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Any
+    text: Text
+    recipe: Recipe
+    seed: int = 0
+    window: WindowSpec = field(default_factory=WindowSpec)
+    shown: bool = True
+
+    def __post_init__(self) -> None:
+        self.setup = Setup(self.recipe, self.seed, str(self.model.device))
+        if not self.text.content.strip():
+            raise UserError("the calibration text is empty")
+
+    @cached_property
+    def windows(self) -> list[Tensor]:
+        """Token ids `[T]` of each window that is read."""
+        return self._windows()
+
+    def sample(self, folder: Path | None = None, resume: bool = True) -> Sampled:
+        """Read the text and sample K and V, or go on with it, or find it done.
+
+        Args:
+            folder: for the state, about every minute and in the end; None keeps all in memory.
+            resume: take up what the folder holds; otherwise it is replaced.
+
+        Raises:
+            UserError: a text too short, a context too long, a folder that cannot be written or that holds the
+                samples of another calibration.
+        """
+        cache = SamplingCache(self.model, self.recipe.sample.reservoir, self.seed)
+        # Behind the default window whatever the caches': samples serve all of them.
+        information = Information(self.model, seed=self.seed)
+        state = cache.resume(folder) if folder is not None and resume else None
+        if state is not None and not {"windows", "tokens", "done", "inputs"} <= state.keys():
+            raise UserError(
+                f"{folder}: the manifest's progress is damaged; remove the folder to sample again"
+            )
+        if state is not None and state["inputs"] != self._inputs:
+            raise UserError(
+                f"{folder} holds samples of another text, tokenizer or recipe; accepted are an empty folder "
+                "and one of the same calibration"
+            )
+        if folder is not None and state is not None:
+            samples = Samples(folder)
+            if state["done"]:
+                logger.info("samples: %s (from an earlier run)", folder)
+                return Sampled.in_folder(samples)
+            logger.info("going on with the samples in %s at window %d", folder, state["windows"])
+            gathered = samples.information()
+            if gathered is not None:
+                information.restore(gathered)
+        self._read(cache, information, state["windows"] if state is not None else 0, folder)
+        if folder is None:
+            return Sampled.in_memory(cache, information)
+        logger.info("samples: %s", folder)
+        return Sampled.in_folder(Samples(folder))
+
+    def train(self, sampled: Sampled) -> Codebook:
+        """A codebook from what `sample` gave.
+
+        Raises:
+            UserError: as `pq.train_codebook`.
+        """
+        quantizer = self.recipe.quantizer
+        metrics = (quantizer.keys.metric, quantizer.values.metric)
+        informed = quantizer.bits is not None or quantizer.weighting != "none" or "fisher" in metrics
+        if sampled.information is None and informed:
+            logger.warning(
+                "no Fisher information: plain squared errors, unweighted samples and the widths of keys and "
+                "values instead"
+            )
+        with progress(1, f"training {quantizer.name}", "k-means", self.shown) as bar:
+
+            def tick(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            return train_on_samples(
+                sampled.keys,
+                sampled.values,
+                fingerprint(self.model),
+                self.setup,
+                information=sampled.information,
+                squares=sampled.squares,
+                calibration=self.text.source,
+                calibration_sha256=self.text.sha256,
+                tokens=sampled.tokens,
+                measure=self.measure(),
+                progress=tick,
+            )
+
+    def measure(self) -> Measure | None:
+        """Measures the cost of coding a side of a layer, if the recipe asks for it."""
+        measured = self.recipe.train.measured if self.recipe.quantizer.bits is not None else 0
+        if not measured:
+            return None
+        return Measure(
+            self.model,
+            partial(self._windows, repeats=False),  # repetitions ask for another mix, worse on all else
+            measured,
+            self.window,
+            self.recipe.sample.batch,
+            self.shown,
+        )
+
+    def _windows(self, repeats: bool = True) -> list[Tensor]:
+        return calibration_windows(
+            self.model, self.tokenizer, self.text, self.recipe.sample, self.seed, repeats
+        )
+
+    @cached_property
+    def _inputs(self) -> str:
+        """Digest of all that the samples depend on and the fingerprint and the seed do not tell."""
+        inputs = {
+            "text": self.text.sha256,
+            "code": load_text(CODE).sha256,
+            "tokens": self.tokenizer(self.text.content[:_TOKENIZER_PROBE_CHARACTERS], verbose=False)[
+                "input_ids"
+            ],
+            "sample": asdict(self.recipe.sample),
+            "dtype": str(self.model.dtype),
+        }
+        return hashlib.sha256(json.dumps(inputs).encode("utf-8")).hexdigest()
+
+    def _read(self, cache: SamplingCache, information: Information, done: int, folder: Path | None) -> None:
+        """Read the windows from the `done`th on, and keep the state in `folder`."""
+        windows = self.windows
+        total = sum(len(window) for window in windows)
+        wanted = min(self.recipe.sample.information, total)
+        saved = time.monotonic()
+
+        def save(finished: bool) -> None:
+            if folder is not None:
+                state = {"windows": done, "tokens": cache.seen, "done": finished, "inputs": self._inputs}
+                cache.save(folder, state, information.state())
+
+        with progress(total + wanted, "sampling", "tok", self.shown) as bar:
+            bar.update(cache.seen + information.read_tokens)
+            for ids in batches(windows[done:], self.recipe.sample.batch):
+                first = cache.seen
+                read_text(self.model, cache, ids)
+                for row, window in enumerate(ids):
+                    if information.read_tokens + len(window) <= wanted:
+                        try:
+                            cache.weigh(information.read(window[None]), first + row, len(ids))
+                        except NoGradients as error:
+                            logger.warning("codebooks will be trained without Fisher information: %s", error)
+                            information.forget()
+                            wanted = 0
+                        bar.update(len(window))
+                bar.update(ids.numel())
+                done += len(ids)
+                if done < len(windows) and time.monotonic() - saved > SAVE_EVERY_S:
+                    save(False)
+                    saved = time.monotonic()
+        save(True)

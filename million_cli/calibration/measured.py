@@ -1,20 +1,22 @@
-"""What coding one side of one layer does to the model's predictions, measured on calibration text."""
+"""The divergence that coding one side of one layer causes, measured on calibration text."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
+from million_cli.calibration.windows import batches
 from million_cli.codecs.simulated import SimulatedCache
-from million_cli.pipelines.sample import calibration_windows
-from million_cli.pipelines.session import Session
+from million_cli.hf.models import fingerprint
 from million_cli.pq import LayerPQ, decode, encode
 from million_cli.progress import progress
+from million_cli.spec import WindowSpec
 from million_cli.tasks.perplexity import Comparison, read_at_once
 
 
@@ -25,42 +27,59 @@ class Measure:
     the mean over about `tokens` predictions, in nats, when these vectors alone are coded behind the window.
 
     Args:
-        session: of the job, with the model and the calibration text.
-        tokens: of whole windows, at least one, spread evenly over text and code.  Random repetitions are left
-            out: what they ask for is another mix, and worse on all else.
+        model: to measure.
+        windows: gives the windows to read, `[T]` each, when the first measurement needs them.
+        tokens: of whole windows, at least one, spread evenly over those given.
+        window: of the cache that is simulated.
+        batch: windows at once.
+        shown: whether a progress bar is.
     """
 
-    def __init__(self, session: Session, tokens: int) -> None:
-        self._session, self._tokens = session, tokens
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        windows: Callable[[], Sequence[Tensor]],
+        tokens: int,
+        window: WindowSpec,
+        batch: int,
+        shown: bool = True,
+    ) -> None:
+        self._model, self._windows, self._tokens = model, windows, tokens
+        self._window, self._batch, self._shown = window, batch, shown
+        self._layers = len(fingerprint(model).layers)
 
     def __call__(self, side: str, layer: int, pq: LayerPQ) -> float:
-        model = self._session.model
-        coder, exact = _Coder(side, pq.to(model.device)), _Coder("", pq)
-        codecs = [coder if i == layer else exact for i in range(len(self._session.fingerprint.layers))]
-        comparison = Comparison()
-        for ids, expected in self._dense:
-            cache = SimulatedCache(model, codecs, self._session.config.cache.window(), prefill="quantized")
+        coder, exact = _Coder(side, pq.to(self._model.device)), _Coder("", pq)
+        codecs = [coder if i == layer else exact for i in range(self._layers)]
+        total = predictions = 0.0
+        for ids, expected in self.dense:
+            cache = SimulatedCache(self._model, codecs, self._window, prefill="quantized")
+            comparison = Comparison()
             with torch.inference_mode():
-                comparison.add(expected, read_at_once(model, ids[:, :-1], cache), ids[:, 1:])
+                comparison.add(expected, read_at_once(self._model, ids[:, :-1], cache), ids[:, 1:])
+            found = comparison.metrics()
+            total += float(found["kl_e3"] or 0.0) * ids[:, 1:].numel()
+            predictions += ids[:, 1:].numel()
         self._bar.update(1)
-        return float(comparison.metrics()["kl_e3"] or 0.0) / 1e3
+        return total / predictions / 1e3
+
+    @cached_property
+    def dense(self) -> list[tuple[Tensor, Tensor]]:
+        """The windows read, `[B, T]`, and the dense model's logits `[B, T - 1, V]` on them."""
+        windows = self._windows()
+        wanted = self._tokens * len(windows) // sum(len(ids) for ids in windows)
+        wanted = max(1, min(len(windows), wanted))
+        at = ((torch.arange(wanted) + 0.5) * len(windows) / wanted).long().tolist()
+        model = self._model
+        with torch.inference_mode():
+            return [
+                (ids, read_at_once(model, ids[:, :-1], DynamicCache(config=model.config)))
+                for ids in (part.to(model.device) for part in batches([windows[i] for i in at], self._batch))
+            ]
 
     @cached_property
     def _bar(self) -> tqdm[Any]:
-        return progress(2 * len(self._session.fingerprint.layers), "measuring layers", "side")
-
-    @cached_property
-    def _dense(self) -> list[tuple[Tensor, Tensor]]:
-        """Windows `[B, T]` and the dense model's logits `[B, T - 1, V]` on them."""
-        model, config = self._session.model, self._session.config
-        windows = calibration_windows(self._session, repeats=False)
-        wanted = max(1, min(len(windows), self._tokens // windows.shape[1]))
-        at = ((torch.arange(wanted) + 0.5) * len(windows) / wanted).long()
-        batches = windows[at].to(model.device).split(config.sample.batch)
-        with torch.inference_mode():
-            return [
-                (ids, read_at_once(model, ids[:, :-1], DynamicCache(config=model.config))) for ids in batches
-            ]
+        return progress(2 * self._layers, "measuring layers", "side", self._shown)
 
 
 class _Coder:

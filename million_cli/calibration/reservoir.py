@@ -35,6 +35,7 @@ class Reservoir:
         self._philox_key = (seed, layer)
         self._generator = np.random.Philox(key=self._philox_key)
         self._priorities = np.empty(0, dtype=np.uint64)
+        self._numbers = np.empty(0, dtype=np.int64)
         self._positions = np.empty(0, dtype=np.int64)
         self._keys: torch.Tensor | None = None  # [Hkv, capacity, D] on the CPU, slots in no order
         self._values: torch.Tensor | None = None
@@ -43,13 +44,21 @@ class Reservoir:
     def __len__(self) -> int:
         return len(self._priorities)
 
-    def add(self, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None = None) -> None:
+    def add(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+    ) -> None:
         """Offer the tokens of a chunk.
 
         Args:
             keys: `[B, Hkv, N, D]`, any floating dtype and device; kept in that dtype on the CPU.
             values: `[B, Hkv, N, D]`.
             mask: `[B, N]` bool, False for padding, which is neither counted nor kept; None keeps all.
+            positions: `[B, N]` or `[1, N]` int64, each token's position in its text, which RoPE has turned
+                its key to; None counts from 0.
 
         Raises:
             UserError: a token that would be kept holds NaN or infinity.
@@ -57,17 +66,18 @@ class Reservoir:
         B, _, N, _ = keys.shape
         real = np.arange(N * B) if mask is None else np.flatnonzero(mask.T.reshape(-1).cpu().numpy())
         priorities = self._generator.random_raw(len(real))
-        positions = self.seen + np.arange(len(real))
+        numbers = self.seen + np.arange(len(real))
+        places = np.arange(N)[:, None] if positions is None else positions.T.cpu().numpy()
+        places = np.broadcast_to(places, (N, B)).reshape(-1)
         self.seen += len(real)
         if len(self) == self.capacity:
             promising = priorities < self._priorities.max()
-            real, priorities, positions = real[promising], priorities[promising], positions[promising]
+            real, priorities, numbers = real[promising], priorities[promising], numbers[promising]
         if not len(real):
             return
 
         old = len(self)
         priorities = np.concatenate([self._priorities, priorities])
-        positions = np.concatenate([self._positions, positions])
         kept = np.arange(len(priorities))
         if len(kept) > self.capacity:
             kept = np.argpartition(priorities, self.capacity - 1)[: self.capacity]
@@ -77,18 +87,19 @@ class Reservoir:
         slots = np.concatenate([np.flatnonzero(~stays[:old]), np.arange(old, len(kept))])
         self._write(slots, keys, values, real[entering])
         self._priorities = _put(priorities[:old], slots, priorities[old:][entering])
-        self._positions = _put(positions[:old], slots, positions[old:][entering])
+        self._numbers = _put(self._numbers, slots, numbers[entering])
+        self._positions = _put(self._positions, slots, places[real[entering]])
 
     @torch.inference_mode()  # the store may have been allocated in it
-    def weigh(self, positions: np.ndarray, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def weigh(self, numbers: np.ndarray, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Note squared gradients of tokens (see `Information.read`); those not kept are passed over.
 
         Args:
-            positions: `[t]`, which tokens, counted from the first that was ever offered.
+            numbers: `[t]`, which tokens, counted from the first that was ever offered.
             keys: `[Hkv, t]`, of their keys.
             values: `[Hkv, t]`, of their values.
         """
-        _, slots, found = np.intersect1d(self._positions, positions, assume_unique=True, return_indices=True)
+        _, slots, found = np.intersect1d(self._numbers, numbers, assume_unique=True, return_indices=True)
         if self._squares is not None and len(found):
             at = torch.from_numpy(found).to(keys.device)
             noted = torch.stack([keys[:, at], values[:, at]]).float().cpu()
@@ -104,7 +115,7 @@ class Reservoir:
         """
         if self._squares is None:
             raise UserError("the sample is empty: no token was read")
-        keys, values = self._squares[:, :, torch.from_numpy(np.argsort(self._positions))]
+        keys, values = self._squares[:, :, torch.from_numpy(np.argsort(self._numbers))]
         return keys, values
 
     def contents(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,20 +126,25 @@ class Reservoir:
         """
         if self._keys is None or self._values is None:
             raise UserError("the sample is empty: no token was read")
-        order = torch.from_numpy(np.argsort(self._positions))
+        order = torch.from_numpy(np.argsort(self._numbers))
         return self._keys[:, order], self._values[:, order]
+
+    def positions(self) -> torch.Tensor:
+        """The position of each sampled token in its text, int64 `[n]`, as `contents` orders them."""
+        return torch.from_numpy(self._positions[np.argsort(self._numbers)])
 
     def state(self) -> dict[str, torch.Tensor]:
         """All that `restore` needs to go on exactly, as tensors."""
         keys, values = self.contents()
         key_squares, value_squares = self.squares()
-        order = np.argsort(self._positions)
+        order = np.argsort(self._numbers)
         return {
             "keys": keys,
             "values": values,
             "key_squares": key_squares,
             "value_squares": value_squares,
-            "positions": torch.from_numpy(self._positions[order]),
+            "numbers": torch.from_numpy(self._numbers[order]),
+            "positions": self.positions(),
             "priorities": torch.from_numpy(self._priorities[order].view(np.int64)),
             "seen": torch.tensor(self.seen),
         }
@@ -136,6 +152,7 @@ class Reservoir:
     def restore(self, state: dict[str, torch.Tensor]) -> None:
         """Go back to a `state()` of a reservoir of the same capacity, seed and layer."""
         self.seen = int(state["seen"])
+        self._numbers = state["numbers"].numpy().copy()
         self._positions = state["positions"].numpy().copy()
         self._priorities = state["priorities"].numpy().view(np.uint64).copy()
         assert len(self) == min(self.seen, self.capacity)

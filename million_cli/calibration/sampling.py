@@ -13,12 +13,13 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from million_cli.calibration.information import Squares
+from million_cli.calibration.information import Information, Squares, mean_of_state
 from million_cli.calibration.reservoir import Reservoir
 from million_cli.errors import UserError
 from million_cli.files import read_safetensors, write_safetensors, write_text
 from million_cli.hf.compat import reset_dense_layer
 from million_cli.hf.models import fingerprint
+from million_cli.pq.samples import LayerSamples
 from million_cli.spec import ModelFingerprint
 
 _MANIFEST = "manifest.json"
@@ -27,7 +28,7 @@ _FIELDS = {
     **dict.fromkeys(("generation", "samples", "seed", "seen"), int),
     **dict.fromkeys(("fingerprint", "shards", "progress"), dict),
 }
-_FORMAT = 3  # 3: squared gradients of the sampled tokens
+_FORMAT = 4  # 4: positions of the sampled tokens in their texts
 
 
 class SamplingLayer(DynamicLayer):
@@ -43,8 +44,12 @@ class SamplingLayer(DynamicLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append `[B, Hkv, N, D]` and return all K and V, as transformers' layer does."""
         start, mask = self.get_seq_length(), self._cache.mask
-        new = None if mask is None else mask[:, start : start + key_states.shape[-2]].bool()
-        self.reservoir.add(key_states, value_states, new)
+        stop = start + key_states.shape[-2]
+        if mask is None:
+            self.reservoir.add(key_states, value_states, None, torch.arange(start, stop)[None])
+        else:
+            new, positions = mask[:, start:stop].bool(), text_positions(mask)[:, start:stop]
+            self.reservoir.add(key_states, value_states, new, positions)
         return super().update(key_states, value_states, *args, **kwargs)
 
 
@@ -109,6 +114,10 @@ class SamplingCache(Cache):
         """
         keys, values = zip(*(one.squares() for one in self.reservoirs.values()), strict=True)
         return torch.stack(keys), torch.stack(values)
+
+    def positions(self) -> torch.Tensor:
+        """Position of each sampled token in its text, int64 `[L, n]`."""
+        return torch.stack([one.positions() for one in self.reservoirs.values()])
 
     def samples(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `[L, Hkv, n, D]` on the CPU, L over the full-attention layers.
@@ -303,6 +312,38 @@ class SampledSide:
         return self.samples.layer(self.layers[i], self.side)
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """The samples of a calibration text, as training takes them.
+
+    keys, values: [L, Hkv, n, D]; squares: of either side, [L, Hkv, n], -1 where not known;
+    positions: [L, n], of the tokens in their texts; information: Fisher information of either side,
+    [L, Hkv, D, D], or None; tokens: read in all.
+    """
+
+    keys: LayerSamples
+    values: LayerSamples
+    squares: tuple[LayerSamples, LayerSamples]
+    positions: Sequence[torch.Tensor]
+    information: tuple[torch.Tensor, torch.Tensor] | None
+    tokens: int
+
+    @classmethod
+    def in_memory(cls, cache: SamplingCache, information: Information) -> Sampled:
+        """What `cache` holds."""
+        keys, values = cache.samples()
+        return cls(keys, values, cache.squares(), list(cache.positions()), information.mean(), cache.seen)
+
+    @classmethod
+    def in_folder(cls, samples: Samples) -> Sampled:
+        """What a folder holds, read a layer at a time when asked for."""
+        keys, values = samples.sides()
+        state = samples.information()
+        positions = [samples.shard(layer, ["positions"])["positions"] for layer in samples.fingerprint.layers]
+        information = None if state is None else mean_of_state(state)
+        return cls(keys, values, samples.squares(), positions, information, samples.manifest["seen"])
+
+
 @torch.inference_mode()
 def read_text(
     model: PreTrainedModel,
@@ -329,7 +370,7 @@ def read_text(
     for start in range(0, input_ids.shape[1], chunk_tokens):
         stop = start + chunk_tokens
         mask = None if attention_mask is None else attention_mask[:, :stop]
-        positions = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)[:, start:stop]
+        positions = None if mask is None else text_positions(mask)[:, start:stop]
         decoder(
             input_ids=input_ids[:, start:stop],
             attention_mask=mask,
@@ -337,6 +378,11 @@ def read_text(
             past_key_values=cache,
             use_cache=True,
         )
+
+
+def text_positions(mask: torch.Tensor) -> torch.Tensor:
+    """Position of each token in its text, behind the padding: mask `[B, T]` -> int64 `[B, T]`."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:

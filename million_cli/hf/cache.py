@@ -385,6 +385,7 @@ class DynamicPQCache(PQCache):
         compute: "auto" takes a compiled kernel for decode steps on a GPU where there is one, and compiles it
             if it has to; "kernel" asks for it anywhere, "torch" is the reference.
         strict: raise instead of falling back to anything that was not asked for.
+        encoder: finds nearest centroids where no kernel does: one of `recipe.ENCODERS`.
         kernels: where compiled operations come from; the default are the package's own CUDA kernels.
 
     Raises:
@@ -401,6 +402,7 @@ class DynamicPQCache(PQCache):
         prefill: Prefill = "exact",
         compute: Literal["auto", "kernel", "torch"] = "auto",
         strict: bool = False,
+        encoder: str = "torch",
         kernels: Kernels = COMPILED,
     ) -> None:
         codebook = codebook if isinstance(codebook, Codebook) else Codebook.load(codebook)
@@ -410,7 +412,11 @@ class DynamicPQCache(PQCache):
             codebook,
             window,
             Request(ContiguousStore.name, compute, strict),
-            {ContiguousStore.name: lambda ops: ContiguousStore(layers, window, prefill=prefill, ops=ops)},
+            {
+                ContiguousStore.name: lambda ops: ContiguousStore(
+                    layers, window, prefill=prefill, encoder=encoder, ops=ops
+                )
+            },
             kernels,
         )
 
@@ -441,6 +447,7 @@ class PagedPQCache(PQCache):
         prefill: Prefill = "exact",
         compute: Literal["auto", "kernel", "torch"] = "auto",
         strict: bool = False,
+        encoder: str = "torch",
         kernels: Kernels = COMPILED,
     ) -> None:
         codebook = codebook if isinstance(codebook, Codebook) else Codebook.load(codebook)
@@ -452,9 +459,11 @@ class PagedPQCache(PQCache):
             Request(PagedStore.name, compute, strict),
             {
                 PagedStore.name: lambda ops: PagedStore(
-                    layers, window, prefill=prefill, max_pages=max_pages, ops=ops
+                    layers, window, prefill=prefill, max_pages=max_pages, encoder=encoder, ops=ops
                 ),
-                ContiguousStore.name: lambda ops: ContiguousStore(layers, window, prefill=prefill, ops=ops),
+                ContiguousStore.name: lambda ops: ContiguousStore(
+                    layers, window, prefill=prefill, encoder=encoder, ops=ops
+                ),
             },
             kernels,
         )

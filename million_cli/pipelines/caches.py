@@ -108,8 +108,15 @@ class Caches:
             return DistortCache(model, self.codebook)
         cache_class: Any = CACHES.load(config.cache.kind)
         own = {name: getattr(config.cache, name) for name in cache_class.settings}
-        window = config.cache.window()
-        return cache_class(model, self.codebook, window, prefill=prefill, strict=config.strict, **own)
+        return cache_class(
+            model,
+            self.codebook,
+            config.cache.window(),
+            prefill=prefill,
+            strict=config.strict,
+            encoder=config.train.encoder,
+            **own,
+        )
 
     def _collect(self) -> None:
         if isinstance(self._latest, PQCache):

@@ -24,7 +24,7 @@ def run_chain(config: JobConfig) -> list[Result]:
     results: list[Result] = []
     if "baseline" in stages:
         dense = deepcopy(config)
-        dense.quantizer, dense.cache = QuantizerConfig(), CacheConfig(kind="dense")
+        dense.quantizer, dense.cache = QuantizerConfig.dense(), CacheConfig(kind="dense")
         session = Session(dense)
         results.append(evaluate(session, prepare(session), Caches(session)))
     if stages & {"evaluate", "bench"}:

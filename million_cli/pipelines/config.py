@@ -10,24 +10,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from million_cli.errors import UserError
+from million_cli.errors import UserError, at_least, check
+from million_cli.recipe import Quantizer, Recipe, Sampling, Training, writable
 from million_cli.registry import BENCHES, CACHES, CODECS, TASKS
-from million_cli.spec import SCOPES, CodeSpec, PQSpec, WindowSpec
+from million_cli.spec import WindowSpec
 from million_cli.text import TextConfig
 
-TRAINERS = ("torch", "faiss")
-METRICS = ("euclidean", "fisher")
-SEEDINGS = ("kmeans++", "random")
-WEIGHTINGS = ("none", "gradient")
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
 STAGES = ("baseline", "sample", "train", "evaluate", "bench")
-
-
-def check(name: str, value: object, accepted: tuple[str, ...]) -> None:
-    """Raise UserError unless `value` is one of `accepted`."""
-    if value not in accepted:
-        raise UserError(f"{name}={value}: accepted are {', '.join(accepted)}")
 
 
 def check_name(name: str, value: str) -> None:
@@ -38,12 +32,6 @@ def check_name(name: str, value: str) -> None:
             f"{name}={value!r}: accepted are names of 1 to 100 printable characters without / and \\ "
             "that do not start with a dot"
         )
-
-
-def at_least(name: str, value: int, least: int) -> None:
-    """Raise UserError unless `value` >= `least`."""
-    if value < least:
-        raise UserError(f"{name}={value}: accepted are integers from {least}")
 
 
 @dataclass
@@ -72,65 +60,18 @@ class ModelConfig:
             raise UserError("model.path is empty; accepted are a folder, a GGUF file and a model on the hub")
 
 
-@dataclass
-class SideConfig:
-    """Codes of keys or of values.
-
-    Attributes:
-        M: subspaces; null makes each `dsub` dimensions wide, whatever the model's head_dim.
-        nbits: of a code.
-        rotation: what is applied after RoPE: `none`, `hadamard` or `opq` (fitted a layer and KV head).
-        metric: in which the squared error of coding is least: `euclidean`, or `fisher` (see `pq.metric`).
-    """
-
-    M: int | None = None
-    dsub: int = 2
-    nbits: int = 8
-    rotation: str = "none"
-    metric: str = "euclidean"
-
-    def __post_init__(self) -> None:
-        check("metric", self.metric, METRICS)
-
-    def spec(self, head_dim: int) -> CodeSpec:
-        """The side's shape for a model's head_dim.
-
-        Raises:
-            UserError: head_dim is not divisible, or nbits is out of range.
-        """
-        if self.M is None and (self.dsub < 1 or head_dim % self.dsub):
-            raise UserError(f"dsub={self.dsub} does not divide head_dim={head_dim}")
-        return CodeSpec(head_dim, self.M if self.M is not None else head_dim // self.dsub, self.nbits)
-
-
-@dataclass
-class QuantizerConfig:
-    """How keys and values are stored.
+@dataclass(frozen=True)
+class QuantizerConfig(Quantizer):
+    """How keys and values are stored: the codes of a `Quantizer`, or an alternative to them.
 
     Attributes:
         kind: `dense` (not at all), `pq`, or a codec of `registry.CODECS`, whose cache is simulated (it shows
             quality, not memory or time).
         codec: settings of such a codec, see its own `Config`.
-        scope: one codebook for all (`merged`), per `layer`, or per layer and KV `head`.
-        seeding: of k-means: `kmeans++`, or `random` as FAISS does it.
-        weighting: of the samples in k-means, `none` or by their `gradient` (see `pq.weights`); `none` where
-            the model gives no gradients.
-        bits: mean bits of an element; each layer's keys and values then take the one of `widths` with which
-            the predicted KL divergence is least, instead of their own `dsub`.  null: as `keys` and `values`
-            say, and so it is where the model gives no gradients to predict from.
-        widths: dimensions of a subspace to choose from, with `keys.nbits` bits a code.
     """
 
-    name: str = "dense"
     kind: str = "dense"
     codec: dict[str, Any] = field(default_factory=dict)
-    scope: str = "head"
-    seeding: str = "kmeans++"
-    weighting: str = "none"
-    keys: SideConfig = field(default_factory=SideConfig)
-    values: SideConfig = field(default_factory=SideConfig)
-    bits: float | None = None
-    widths: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
 
     def __post_init__(self) -> None:
         check_name("quantizer.name", self.name)
@@ -143,39 +84,17 @@ class QuantizerConfig:
                 f"quantizer.codec.{key}={value}: quantizer.kind={self.kind} has no such settings; accepted "
                 f"with {', '.join(CODECS.names)}"
             )
-        check("quantizer.scope", self.scope, SCOPES)
-        check("quantizer.seeding", self.seeding, SEEDINGS)
-        check("quantizer.weighting", self.weighting, WEIGHTINGS)
-        if self.bits is not None:
-            for name, side in (("keys", self.keys), ("values", self.values)):
-                if side.M is not None:
-                    raise UserError(
-                        f"quantizer.{name}.M={side.M}: quantizer.bits={self.bits:g} chooses it by layer; "
-                        "accepted with quantizer.bits=null"
-                    )
-            if self.keys.nbits != self.values.nbits:
-                raise UserError(
-                    f"quantizer.values.nbits={self.values.nbits}: accepted with quantizer.bits is that of "
-                    f"keys, {self.keys.nbits}"
-                )
-            if not self.widths:
-                raise UserError("quantizer.widths=[]: accepted are some numbers of dimensions")
+        super().__post_init__()
 
-    def spec(self, head_dim: int) -> PQSpec:
-        """What `keys` and `values` say.
+    @classmethod
+    def dense(cls) -> QuantizerConfig:
+        """Nothing is quantised."""
+        return cls(name="dense", kind="dense")
 
-        Raises:
-            UserError: as `SideConfig.spec`.
-        """
-        return PQSpec(self.keys.spec(head_dim), self.values.spec(head_dim))
-
-    def choices(self, head_dim: int) -> tuple[CodeSpec, ...]:
-        """What `widths` offer.
-
-        Raises:
-            UserError: as `SideConfig.spec`.
-        """
-        return tuple(SideConfig(dsub=w, nbits=self.keys.nbits).spec(head_dim) for w in self.widths)
+    @property
+    def codes(self) -> Quantizer:
+        """The part that a recipe has."""
+        return Quantizer(**{f.name: getattr(self, f.name) for f in fields(Quantizer)})
 
 
 @dataclass
@@ -202,70 +121,6 @@ class CacheConfig:
 
     def window(self) -> WindowSpec:
         return WindowSpec(self.page_size, self.extended_residual)
-
-
-@dataclass
-class SampleConfig:
-    """How much of the calibration text is read, and how many vectors per layer and head are kept of it.
-
-    Attributes:
-        tokens: read at most that many of the text (which may be shorter); code and repeats come on top.
-        context: length of the windows the text is read in; null is the model's trained context, at most 2048.
-        batch: windows at once.
-        reservoir: vectors kept per layer and KV head, for keys and for values.
-        repeats: share of windows, beside those of the text, of random tokens that repeat themselves: whatever
-            the text is, they show what the model's heads do when they copy.
-        code: share of windows of source code (the shipped `python-excerpt`): codebooks of prose alone lose
-            twice as much on code, and those with some code in them lose nothing on prose.
-        information: tokens, at most, whose gradients are gathered (see `pq.metric`, `pq.weights`); 0: none.
-    """
-
-    tokens: int = 65_536
-    context: int | None = None
-    batch: int = 4
-    reservoir: int = 32_768
-    repeats: float = 0.1
-    code: float = 0.3
-    information: int = 131_072
-
-    def __post_init__(self) -> None:
-        for name in ("tokens", "batch", "reservoir"):
-            at_least(f"sample.{name}", getattr(self, name), 1)
-        if self.context is not None:
-            at_least("sample.context", self.context, 2)
-        if min(self.repeats, self.code) < 0 or self.repeats + self.code >= 1:
-            raise UserError(
-                f"sample.repeats={self.repeats}, sample.code={self.code}: accepted are shares from 0, "
-                "together below 1"
-            )
-        at_least("sample.information", self.information, 0)
-
-
-@dataclass
-class TrainConfig:
-    """How codebooks are trained from samples.
-
-    Attributes:
-        trainer: `torch` (batched, any device) or `faiss`.
-        iterations: of k-means.
-        alternations: of k-means and rotation, where the rotation is `opq`; 0 is its parametric form.
-        max_samples_per_centroid: more samples than this times C are thinned at random.
-        measured: tokens, about, of text and code on which what `quantizer.bits` predicts is checked, layer by
-            layer and side; 0 leaves it as it is.
-    """
-
-    trainer: str = "torch"
-    iterations: int = 25
-    alternations: int = 0
-    max_samples_per_centroid: int = 256
-    measured: int = 4096
-
-    def __post_init__(self) -> None:
-        check("train.trainer", self.trainer, TRAINERS)
-        at_least("train.iterations", self.iterations, 1)
-        at_least("train.alternations", self.alternations, 0)
-        at_least("train.max_samples_per_centroid", self.max_samples_per_centroid, 1)
-        at_least("train.measured", self.measured, 0)
 
 
 @dataclass
@@ -307,9 +162,9 @@ class JobConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: TextConfig = field(default_factory=TextConfig)
-    sample: SampleConfig = field(default_factory=SampleConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
+    sample: Sampling = field(default_factory=Sampling)
+    train: Training = field(default_factory=Training)
+    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig.dense)
     cache: CacheConfig = field(default_factory=CacheConfig)
     task: dict[str, Any] = field(default_factory=dict)
     also: dict[str, Any] = field(default_factory=dict)
@@ -332,10 +187,22 @@ class JobConfig:
             check("stages", stage, STAGES)
         if self.quantizer.kind == "dense" or self.cache.kind == "dense":
             # Either means that nothing is quantised; the record says so in both places.
-            self.quantizer = QuantizerConfig(name="dense", kind="dense")
+            self.quantizer = QuantizerConfig.dense()
             self.cache.kind = "dense"
         if Path(self.out).exists() and not Path(self.out).is_dir():
             raise UserError(f"out={self.out}: there is a file of that name; accepted is a folder")
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of the job's codebook."""
+        return Recipe(self.quantizer.codes, self.sample, self.train)
+
+
+def schema() -> DictConfig:
+    """`JobConfig` as the schema that configurations are merged into."""
+    from omegaconf import OmegaConf
+
+    return writable(OmegaConf.structured(JobConfig))
 
 
 def typed(where: str, settings: Mapping[str, Any]) -> Any:

@@ -9,14 +9,16 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 
 from million_cli.errors import UserError
 from million_cli.pipelines.config import JobConfig
+from million_cli.recipe import Quantizer
 from million_cli.registry import CACHES, CODECS
 
 logger = logging.getLogger("million")
 
-CODES = ("scope", "seeding", "weighting", "keys", "values", "bits", "widths")
+CODES = tuple(field.name for field in fields(Quantizer) if field.name != "name")
 """Keys of `quantizer` that say how codebooks are trained."""
 TRAINING = ("sample", "train", "data")
 """What only jobs read that calibrate."""

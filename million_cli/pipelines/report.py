@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from million_cli.errors import UserError
-from million_cli.pipelines.config import JobConfig, check
+from million_cli.errors import UserError, check
+from million_cli.pipelines.config import JobConfig
 from million_cli.report import (
     breakdown,
     codebook,

@@ -8,19 +8,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from million_cli.calibration.information import mean_of_state
-from million_cli.calibration.measured import Measure
-from million_cli.calibration.sampling import Samples
+from million_cli.calibration.sampling import Sampled, Samples
 from million_cli.errors import UserError
 from million_cli.pipelines import Result
 from million_cli.pipelines.config import JobConfig
-from million_cli.pipelines.sample import sample, sample_key
+from million_cli.pipelines.sample import calibration, sample, sample_key
 from million_cli.pipelines.session import Session
 from million_cli.pipelines.stages import code_digest, locked, stage_key
-from million_cli.pq import Budget, Codebook, TrainSpec, train_codebook
-from million_cli.progress import progress
+from million_cli.pq import Codebook
 from million_cli.results import git_commit, running
-from million_cli.spec import PQSpec
 
 logger = logging.getLogger("million")
 
@@ -46,74 +42,24 @@ def train(session: Session) -> Path:
         UserError: the quantizer does not fit the model, or see `sample`.
     """
     config = session.config
-    quantizer = config.quantizer
-    head_dim = session.fingerprint.head_dim
-    spec: PQSpec | Budget = quantizer.spec(head_dim)
-    if quantizer.bits is not None:
-        spec = Budget(quantizer.choices(head_dim), quantizer.bits, otherwise=quantizer.spec(head_dim))
-    measured = config.train.measured if quantizer.bits is not None else 0
-    metrics = (quantizer.keys.metric, quantizer.values.metric)
+    recipe = config.recipe
     key = stage_key(
         {
             "sample": sample_key(session),
-            "spec": asdict(spec),
-            "quantizer": {**asdict(quantizer), "name": ""},
-            "train": asdict(config.train),
+            "recipe": replace(recipe, quantizer=replace(recipe.quantizer, name="")).to_dict(),
             "seed": config.seed,
             "device": session.device_name,
-            "window": asdict(config.cache.window()) if measured else None,
-            **code_digest("pq", "codecs", "calibration/measured.py"),
+            "window": asdict(config.cache.window()) if recipe.quantizer.bits is not None else None,
+            **code_digest("pq", "codecs", "calibration", "tasks/perplexity.py"),
         }
     )
-    path = Path(config.out) / "codebooks" / f"{config.model.name}-{quantizer.name}-{key}.safetensors"
+    path = Path(config.out) / "codebooks" / f"{config.model.name}-{config.quantizer.name}-{key}.safetensors"
     with locked(path):
         if config.reuse and path.is_file():
             logger.info("codebook: %s (from an earlier run)", path)
             return path
-        folder = sample(session)
-        samples = Samples(folder)
-        keys, values = samples.sides()
-        gathered = samples.information()
-        information = None if gathered is None else mean_of_state(gathered)
-        if information is None and (quantizer.bits is not None or "fisher" in metrics):
-            logger.warning(
-                "no Fisher information: plain squared errors and the widths of keys and values instead"
-            )
-        text = session.text(config.data)
-        with progress(1, f"training {quantizer.name}", "k-means") as bar:
-
-            def tick(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
-            codebook = train_codebook(
-                keys,
-                values,
-                spec,
-                session.fingerprint,
-                TrainSpec(
-                    scope=quantizer.scope,  # type: ignore[arg-type]  # checked by the configuration
-                    trainer=config.train.trainer,  # type: ignore[arg-type]
-                    seeding=quantizer.seeding,  # type: ignore[arg-type]
-                    key_rotation=quantizer.keys.rotation,
-                    value_rotation=quantizer.values.rotation,
-                    key_metric=quantizer.keys.metric,  # type: ignore[arg-type]
-                    value_metric=quantizer.values.metric,  # type: ignore[arg-type]
-                    weighting=quantizer.weighting,  # type: ignore[arg-type]
-                    iterations=config.train.iterations,
-                    alternations=config.train.alternations,
-                    seed=config.seed,
-                    max_samples_per_centroid=config.train.max_samples_per_centroid,
-                    device=str(session.device),
-                ),
-                information=information,
-                squares=samples.squares(),
-                calibration=text.source,
-                calibration_sha256=text.sha256,
-                tokens=samples.manifest["progress"]["tokens"],
-                measure=Measure(session, measured) if measured else None,
-                progress=tick,
-            )
+        sampled = Sampled.in_folder(Samples(sample(session)))
+        codebook = calibration(session).train(sampled)
         meta = replace(codebook.meta, command=running.get(), commit=git_commit())
         replace(codebook, meta=meta).save(path)
         logger.info("codebook: %s", path)
@@ -131,7 +77,8 @@ def codebook_metrics(codebook: Codebook, path: Path) -> dict[str, Any]:
         "calibration_text": meta.calibration,
         "calibration_tokens": meta.tokens,
         "samples": meta.samples,
-        "trainer": meta.trainer,
-        "seeding": meta.seeding,
-        "weighting": meta.weighting,
+        "held_out": meta.held_out,
+        "trainer": meta.recipe.train.trainer,
+        "seeding": meta.recipe.quantizer.seeding,
+        "weighting": meta.recipe.quantizer.weighting,
     }

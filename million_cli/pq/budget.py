@@ -3,30 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from million_cli.errors import UserError
 from million_cli.pq.codebook import ProductQuantizer
 from million_cli.pq.transform import Transform
-from million_cli.spec import CodeSpec, PQSpec
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Codes chosen a layer and side such that the predicted KL divergence is least.
-
-    choices: the codes to choose from; bits: mean code bits per element over all layers, keys and values;
-    otherwise: what to take where there is no Fisher information to predict from.
-    """
-
-    choices: tuple[CodeSpec, ...]
-    bits: float
-    otherwise: PQSpec
-
-    def __post_init__(self) -> None:
-        least, most = (f(choice.bits_per_element for choice in self.choices) for f in (min, max))
-        if not least <= self.bits <= most:
-            raise UserError(f"bits={self.bits:g}: accepted are {least:g} to {most:g}")
 
 
 def allocate(costs: Sequence[Sequence[float]], sizes: Sequence[int], budget: int) -> list[int]:

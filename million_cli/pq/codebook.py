@@ -18,10 +18,11 @@ from torch import Tensor
 from million_cli.errors import UserError
 from million_cli.files import read_safetensors, write_safetensors
 from million_cli.pq.transform import Transform, transform_dtype
+from million_cli.recipe import Recipe
 from million_cli.spec import SCOPES, CodeSpec, ModelFingerprint, PQSpec, Scope
 
 FORMAT = "million-codebook"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3  # 3: the card holds the recipe
 SIDES = ("keys", "values")
 
 
@@ -88,12 +89,13 @@ class ProductQuantizer:
 class CodebookMeta:
     """The codebook's card.
 
-    calibration: what text the samples come from, in words; calibration_sha256: its hash;
+    calibration: the text that the samples come from, in words; calibration_sha256: its hash;
     tokens: tokens read from it; samples: vectors a layer and head that trained the codebook;
-    key_metric, value_metric: what the squared error was least in, "euclidean" or "fisher" (see `pq.metric`);
-    weighting: how much a sample counted, "none" or "gradient" (see `pq.weights`).
-    key_error, value_error: [L][Hkv] mean squared error over variance, on the training samples.
-    key_predicted_kl, value_predicted_kl: [L][Hkv], see `train.TrainedSide`; empty without Fisher information.
+    held_out: further vectors, on which its errors are measured (0: on the training samples);
+    seed: of every random choice; recipe: as it was carried out: without Fisher information its metrics are
+    euclidean, its weighting is none and it has no budget of bits;
+    key_error, value_error: [L][Hkv] mean squared error over variance;
+    key_predicted_kl, value_predicted_kl: [L][Hkv], see `train.TrainedSide`; empty without Fisher information;
     command, commit: what made it, where that is known.
     """
 
@@ -102,18 +104,11 @@ class CodebookMeta:
     calibration_sha256: str
     tokens: int
     samples: int
+    held_out: int
     seed: int
-    trainer: str
-    seeding: str
-    iterations: int
-    key_rotation: str
-    value_rotation: str
-    key_metric: str
-    value_metric: str
+    recipe: Recipe
     key_error: list[list[float]]
     value_error: list[list[float]]
-    alternations: int = 0
-    weighting: str = "none"
     key_predicted_kl: list[list[float]] = field(default_factory=list)
     value_predicted_kl: list[list[float]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
@@ -121,11 +116,12 @@ class CodebookMeta:
     commit: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "fingerprint": self.fingerprint.to_dict()}
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CodebookMeta:
-        return cls(**{**values, "fingerprint": ModelFingerprint.from_dict(values["fingerprint"])})
+        parts = {"fingerprint": ModelFingerprint.from_dict, "recipe": Recipe.from_dict}
+        return cls(**{**values, **{name: read(values[name]) for name, read in parts.items()}})
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,38 +9,32 @@ a decoded vector would not always be encoded to its own code.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from million_cli.errors import UserError
+from million_cli.errors import check
 from million_cli.pq.argmin import block_elements, first_argmin
 from million_cli.pq.codebook import LayerPQ
+from million_cli.pq.faiss_kmeans import import_faiss
 from million_cli.pq.packing import code_dtype
-
-Backend = Literal["torch", "keops"]
-BACKENDS: tuple[Backend, ...] = ("torch", "keops")
+from million_cli.recipe import ENCODERS
 
 # Elements of input turned to float32 (or decoded through int32 indices) at a time.
 _SLICE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
 
 
-def encode(x: Tensor, pq: LayerPQ, backend: Backend = "torch") -> Tensor:
+def encode(x: Tensor, pq: LayerPQ, encoder: str = "torch") -> Tensor:
     """Nearest centroids of x [B, Hkv, T, D] (any float dtype) -> codes [B, Hkv, T, M], uint8 or uint16.
 
     x is mapped first if the quantizer has a transform.  Working memory is bounded whatever T is.
 
     Raises:
-        UserError: an unknown backend, or one that this machine lacks.
+        UserError: an unknown encoder, or one that this machine lacks.
     """
-    if backend not in BACKENDS:
-        raise UserError(f"encoder={backend}: accepted are {', '.join(BACKENDS)}")
-    if backend == "keops":
-        from million_cli.pq.codec_keops import nearest_centroid as nearest
-    else:
-        nearest = nearest_centroid
+    nearest = find_encoder(encoder)
     B, H, T, D = x.shape
     spec, centroids = pq.spec, pq.centroids
     assert spec.head_dim == D, (x.shape, spec)
@@ -113,6 +107,25 @@ def nearest_centroid(points: Tensor, centroids: Tensor) -> Tensor:
                     distance.addcmul_(difference, difference)
             found[i : i + problems, r : r + rows] = first_argmin(distance)
     return found
+
+
+def find_encoder(encoder: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """The `nearest_centroid` of an encoder; imported when chosen, because two of them are heavy.
+
+    Raises:
+        UserError: an unknown encoder, or one that this machine lacks.
+    """
+    check("encoder", encoder, ENCODERS)
+    if encoder == "keops":
+        from million_cli.pq import codec_keops
+
+        return codec_keops.nearest_centroid
+    if encoder == "faiss":
+        from million_cli.pq import codec_faiss
+
+        import_faiss("encoder")
+        return codec_faiss.nearest_centroid
+    return nearest_centroid
 
 
 def _slice_elements(device: torch.device) -> int:

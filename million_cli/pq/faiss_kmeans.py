@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from million_cli.errors import UserError
-from million_cli.pq.kmeans import Progress, Seeding, seed_centroids
+from million_cli.pq.kmeans import Progress, seed_centroids
 
 
 def faiss_kmeans(
@@ -21,7 +21,7 @@ def faiss_kmeans(
     *,
     iterations: int = 25,
     seed: int = 0,
-    seeding: Seeding = "kmeans++",
+    seeding: str = "kmeans++",
     weights: Tensor | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
@@ -65,8 +65,8 @@ def faiss_kmeans(
     return centroids.to(samples.device)
 
 
-def import_faiss() -> ModuleType:
-    """The module `faiss`.
+def import_faiss(role: str = "trainer") -> ModuleType:
+    """The module `faiss`, for what `role` names: `trainer` or `encoder`.
 
     Raises:
         UserError: it is not installed.
@@ -75,6 +75,6 @@ def import_faiss() -> ModuleType:
         import faiss
     except ImportError as error:
         raise UserError(
-            "trainer=faiss needs FAISS: pip install 'million[cpu]' or 'million[gpu]', or use trainer=torch"
+            f"{role}=faiss needs FAISS: pip install 'million[cpu]' or 'million[gpu]', or use {role}=torch"
         ) from error
     return faiss

@@ -18,15 +18,11 @@ Where the data are poor:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from million_cli.pq.argmin import block_elements, near_argmin
-
-Seeding = Literal["kmeans++", "random"]
-SEEDINGS: tuple[Seeding, ...] = ("kmeans++", "random")
 
 Progress = Callable[[int], None]
 """Called with the number of problems finished since the last call."""
@@ -43,7 +39,7 @@ def kmeans(
     *,
     iterations: int = 25,
     seed: int = 0,
-    seeding: Seeding = "kmeans++",
+    seeding: str = "kmeans++",
     initial: Tensor | None = None,
     weights: Tensor | None = None,
     progress: Progress | None = None,
@@ -79,7 +75,7 @@ def _chunk_samples(device: torch.device) -> int:
 
 
 def seed_centroids(
-    x: Tensor, C: int, seed: int, seeding: Seeding = "kmeans++", weights: Tensor | None = None
+    x: Tensor, C: int, seed: int, seeding: str = "kmeans++", weights: Tensor | None = None
 ) -> Tensor:
     """Seeds of G problems x [G, n, dsub], weights [G, n] -> [G, C, dsub], each one of the samples.
 

@@ -8,13 +8,8 @@ error is not x but x F^(1/2).
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import torch
 from torch import Tensor
-
-Metric = Literal["euclidean", "fisher"]
-METRICS: tuple[Metric, ...] = get_args(Metric)
 
 REGULARISATION = 0.03  # of the mean eigenvalue: directions that the calibration text left out still count
 

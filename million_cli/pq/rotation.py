@@ -1,56 +1,40 @@
 """Orthogonal rotations applied before the split into subspaces, as matrices R [D, D] with x_rot = x @ R.
 
-A method is one function in `ROTATIONS`: it sees the vectors of one side and the circumstances (`Fit`), and
+A method is one function in `METHODS`: it takes the vectors of one side, their codes and the setup, and
 returns [Lr, Hr, D, D] with Lr in {1, L} and Hr in {1, Hkv}, or None for no rotation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from million_cli.errors import UserError
+from million_cli.errors import check
 from million_cli.pq.metric import metric_root
 from million_cli.pq.opq import optimised_rotation
 from million_cli.pq.samples import LayerSamples, Mapped, Thinned, layers
+from million_cli.pq.setup import Setup
 from million_cli.pq.transform import Transform
-from million_cli.spec import CodeSpec, Scope
+from million_cli.recipe import ROTATIONS
+from million_cli.spec import CodeSpec
+
+RotationMethod = Callable[[LayerSamples, CodeSpec, Setup], Tensor | None]
 
 
-@dataclass(frozen=True)
-class Fit:
-    """What a rotation is fitted for.
-
-    scope: which layers and heads share centroids; alternations: with k-means, if the method has them;
-    max_samples: a head is represented by at most that many samples, chosen at random; device: where it runs.
-    """
-
-    scope: Scope = "head"
-    alternations: int = 0
-    max_samples: int = 1 << 16
-    seed: int = 0
-    device: str = "cpu"
-
-
-RotationMethod = Callable[[LayerSamples, CodeSpec, Fit], Tensor | None]
-
-
-def fit_rotation(method: str, samples: LayerSamples, spec: CodeSpec, fit: Fit) -> Tensor | None:
+def fit_rotation(method: str, samples: LayerSamples, spec: CodeSpec, setup: Setup) -> Tensor | None:
     """The rotation that `method` makes for samples: float32 [Lr, Hr, D, D] on the CPU or None.
 
     Raises:
         UserError: an unknown method.
     """
-    if method not in ROTATIONS:
-        raise UserError(f"rotation={method}: accepted are {', '.join(ROTATIONS)}")
-    return ROTATIONS[method](samples, spec, fit)
+    check("rotation", method, ROTATIONS)
+    return METHODS[method](samples, spec, setup)
 
 
 def fit_transform(
-    method: str, samples: LayerSamples, spec: CodeSpec, fit: Fit, information: Tensor | None = None
+    method: str, samples: LayerSamples, spec: CodeSpec, setup: Setup, information: Tensor | None = None
 ) -> Transform | None:
     """The rotation that `method` makes, in the metric of `information`: float32 maps on the CPU, or None.
 
@@ -61,10 +45,10 @@ def fit_transform(
         UserError: an unknown method.
     """
     if information is None:
-        R = fit_rotation(method, samples, spec, fit)
+        R = fit_rotation(method, samples, spec, setup)
         return None if R is None else Transform.rotation(R)
     root, inverse = metric_root(information)
-    R = fit_rotation(method, Mapped(samples, root.float().to(fit.device)), spec, fit)
+    R = fit_rotation(method, Mapped(samples, root.float().to(setup.device)), spec, setup)
     if R is None:
         return Transform(root.float(), inverse.float())
     R = R.double()
@@ -91,31 +75,32 @@ def random_orthogonal(D: int, generator: torch.Generator) -> Tensor:
     return q * r.diagonal().sign()
 
 
-def _none(samples: LayerSamples, spec: CodeSpec, fit: Fit) -> Tensor | None:
+def _none(samples: LayerSamples, spec: CodeSpec, setup: Setup) -> Tensor | None:
     return None
 
 
-def _hadamard(samples: LayerSamples, spec: CodeSpec, fit: Fit) -> Tensor | None:
-    return random_hadamard(spec.head_dim, fit.seed).float()[None, None]
+def _hadamard(samples: LayerSamples, spec: CodeSpec, setup: Setup) -> Tensor | None:
+    return random_hadamard(spec.head_dim, setup.seed).float()[None, None]
 
 
-def _opq(samples: LayerSamples, spec: CodeSpec, fit: Fit) -> Tensor | None:
+def _opq(samples: LayerSamples, spec: CodeSpec, setup: Setup) -> Tensor | None:
     """One rotation a layer and head, in the light of who shares its centroids."""
-    thinned = Thinned(samples, fit.max_samples, fit.seed)
+    scope = setup.recipe.quantizer.scope
+    thinned = Thinned(samples, setup.max_samples(spec.C), setup.seed)
 
     def rotations(heads: Tensor) -> Tensor:
         return optimised_rotation(
-            heads.to(fit.device),
+            heads.to(setup.device),
             spec,
-            shared=fit.scope != "head",
-            alternations=fit.alternations,
-            seed=fit.seed,
+            shared=scope != "head",
+            alternations=setup.recipe.train.alternations,
+            seed=setup.seed,
         ).cpu()
 
-    if fit.scope == "merged":
+    if scope == "merged":
         together = torch.stack(list(layers(thinned)))
         return rotations(together.flatten(0, 1)).unflatten(0, together.shape[:2])
     return torch.stack([rotations(layer) for layer in layers(thinned)])
 
 
-ROTATIONS: dict[str, RotationMethod] = {"none": _none, "hadamard": _hadamard, "opq": _opq}
+METHODS: dict[str, RotationMethod] = {"none": _none, "hadamard": _hadamard, "opq": _opq}

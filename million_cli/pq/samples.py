@@ -39,6 +39,21 @@ class Thinned:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Those of each layer's vectors whose indices are given, int64 [n']."""
+
+    samples: LayerSamples
+    rows: Tensor
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, i: int) -> Tensor:
+        layer = self.samples[i]
+        return layer[:, self.rows.to(layer.device)]
+
+
+@dataclass(frozen=True)
 class SomeLayers:
     """Those of the layers whose positions are given."""
 

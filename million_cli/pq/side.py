@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from million_cli.pq.metric import Metric
 from million_cli.pq.samples import LayerSamples, SomeLayers, Thinned, layers
 
 
@@ -15,29 +14,37 @@ from million_cli.pq.samples import LayerSamples, SomeLayers, Thinned, layers
 class Side:
     """What is known of one side, and how it is mapped.
 
-    samples: [L, Hkv, n, D]; information: [L, Hkv, D, D] or None; squares: [L, Hkv, n] or None.
+    samples: [L, Hkv, n, D], for training; held: [L, Hkv, n', D], on which errors are measured;
+    information: [L, Hkv, D, D] or None; squares: [L, Hkv, n] of the samples, or None.
     """
 
     samples: LayerSamples
+    held: LayerSamples
     information: Tensor | None
     squares: LayerSamples | None
     rotation: str
-    metric: Metric
+    metric: str
 
     def part(self, positions: Sequence[int]) -> Side:
         """Some of its layers."""
         return replace(
             self,
             samples=SomeLayers(self.samples, positions),
+            held=SomeLayers(self.held, positions),
             information=None if self.information is None else self.information[list(positions)],
             squares=None if self.squares is None else SomeLayers(self.squares, positions),
         )
 
     def thinned(self, most: int, seed: int) -> Side:
-        """With at most that many samples, in memory."""
-        samples, squares = (
-            None if part is None else list(layers(Thinned(part, most, seed)))
-            for part in (self.samples, self.squares)
+        """With at most that many samples of each kind, in memory."""
+
+        def few(part: LayerSamples) -> list[Tensor]:
+            return list(layers(Thinned(part, most, seed)))
+
+        samples = few(self.samples)
+        return replace(
+            self,
+            samples=samples,
+            held=samples if self.held is self.samples else few(self.held),
+            squares=None if self.squares is None else few(self.squares),
         )
-        assert samples is not None
-        return replace(self, samples=samples, squares=squares)

@@ -2,97 +2,43 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import metadata
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from million_cli.errors import UserError
-from million_cli.pq.budget import Budget, allocate, assemble
+from million_cli.pq.budget import allocate, assemble
 from million_cli.pq.codebook import Codebook, CodebookMeta, LayerPQ, ProductQuantizer
 from million_cli.pq.codec import decode, encode
 from million_cli.pq.faiss_kmeans import faiss_kmeans, import_faiss
-from million_cli.pq.kmeans import SEEDINGS, Seeding, kmeans
-from million_cli.pq.metric import METRICS, Metric
-from million_cli.pq.rotation import ROTATIONS, Fit, fit_transform
-from million_cli.pq.samples import LayerSamples, SomeLayers, Thinned, layers
+from million_cli.pq.kmeans import kmeans
+from million_cli.pq.rotation import fit_transform
+from million_cli.pq.samples import LayerSamples, Rows, SomeLayers, Thinned, layers
+from million_cli.pq.setup import Setup
 from million_cli.pq.side import Side
 from million_cli.pq.transform import Transform
-from million_cli.pq.weights import WEIGHTINGS, Weighting, Weights
+from million_cli.pq.weights import Weights
 from million_cli.pq.work import Progress, Work
-from million_cli.spec import SCOPES, CodeSpec, ModelFingerprint, PQSpec, Scope
+from million_cli.recipe import Training
+from million_cli.spec import CodeSpec, ModelFingerprint, Scope
 
-Trainer = Literal["torch", "faiss"]
-TRAINERS: tuple[Trainer, ...] = get_args(Trainer)
+logger = logging.getLogger("million")
 # What a choice of codes costs is predicted after a training of this length, on so many samples a head.
 _PROBE: dict[str, Any] = {"iterations": 5, "alternations": 0, "max_samples_per_centroid": 16}
 _PROBE_SAMPLES = 8192
+FEW_SAMPLES = 39
+"""Samples a centroid below which training warns; FAISS's min_points_per_centroid."""
 _KMEANS = {"torch": kmeans, "faiss": faiss_kmeans}  # by trainer: the same interface
 
 Measure = Callable[[str, int, LayerPQ], float]
 """Called with a side, a layer's position and its quantizer: the KL divergence of coding it alone, in nats."""
-
-
-@dataclass(frozen=True)
-class TrainSpec:
-    """How a codebook is trained.
-
-    scope: which layers and heads share centroids; trainer: which k-means; seeding: its seeds (random and 25
-    iterations are FAISS's defaults); rotations: a method of `rotation.ROTATIONS` for each side; metrics: in
-    which the squared error is least, `fisher` (see `pq.metric`) or plain; weighting: how much each sample
-    counts in k-means, by its `gradient` (see `pq.weights`) or all the same (`none`); alternations: of
-    k-means (torch's) and rotation, for opq; 0 leaves it at its parametric form; max_samples_per_centroid:
-    a problem uses at most about this times C samples, chosen at random (256 is FAISS's limit too); device:
-    where k-means runs.
-
-    Raises:
-        UserError: a value outside of what is accepted, or trainer=faiss without FAISS.
-    """
-
-    scope: Scope = "head"
-    trainer: Trainer = "torch"
-    seeding: Seeding = "kmeans++"
-    key_rotation: str = "none"
-    value_rotation: str = "none"
-    key_metric: Metric = "euclidean"
-    value_metric: Metric = "euclidean"
-    weighting: Weighting = "none"
-    alternations: int = 0
-    iterations: int = 25
-    max_samples_per_centroid: int = 256
-    seed: int = 0
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        for name, accepted in (
-            ("scope", SCOPES),
-            ("trainer", TRAINERS),
-            ("seeding", SEEDINGS),
-            ("key_rotation", tuple(ROTATIONS)),
-            ("value_rotation", tuple(ROTATIONS)),
-            ("key_metric", METRICS),
-            ("value_metric", METRICS),
-            ("weighting", WEIGHTINGS),
-        ):
-            if getattr(self, name) not in accepted:
-                raise UserError(f"{name}={getattr(self, name)}: accepted are {', '.join(accepted)}")
-        for name in ("iterations", "max_samples_per_centroid"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}: accepted are numbers from 1")
-        if self.alternations < 0:
-            raise UserError(f"alternations={self.alternations}: accepted are numbers from 0")
-        if self.trainer == "faiss":
-            import_faiss()
-
-    def fit(self, spec: CodeSpec) -> Fit:
-        """What a transform for codes of `spec` is fitted for."""
-        most = self.max_samples_per_centroid * spec.C
-        return Fit(self.scope, self.alternations, most, self.seed, self.device)
 
 
 @dataclass(frozen=True)
@@ -111,9 +57,8 @@ class TrainedSide:
 def train_codebook(
     keys: LayerSamples,
     values: LayerSamples,
-    spec: PQSpec | Budget,
     fingerprint: ModelFingerprint,
-    train: TrainSpec,
+    setup: Setup,
     *,
     information: tuple[Tensor, Tensor] | None = None,
     squares: tuple[LayerSamples, LayerSamples] | None = None,
@@ -125,46 +70,58 @@ def train_codebook(
 ) -> Codebook:
     """Train both sides from samples [L, Hkv, n, D] (any float dtype; keys after RoPE) and fill in the card.
 
-    information: Fisher information of keys and of values, [L, Hkv, D, D] each; needed by the metric `fisher`,
-    which becomes `euclidean` without it, as the card says, and by a `Budget`.
-    squares: squared gradients of the samples, [L, Hkv, n] each, -1 where not known; needed by the weighting
-    `gradient`, which becomes `none` without them or without information, as the card says.
-    measure: corrects what a `Budget` predicts, a layer and side at a time.
+    A random share of the samples is held out, to measure errors on (`Training.held_out`).
+
+    information: Fisher information of keys and of values, [L, Hkv, D, D] each.  Without it the metric
+    `fisher` becomes `euclidean`, and a budget of bits is not kept: the sides' own codes are trained.
+    squares: squared gradients of the samples, [L, Hkv, n] each, -1 where not known.  Without them or
+    without information the weighting `gradient` becomes `none`.
+    measure: corrects the divergence that a budget of bits predicts, a layer and side at a time.
+
+    The card's recipe says what came of it.
 
     Raises:
-        UserError: samples that do not fit the fingerprint, no samples, or NaN or infinity among them;
-            a budget with scope merged.
+        UserError: codes that do not fit head_dim; samples that do not fit the fingerprint, fewer than there
+            are centroids, or NaN or infinity among them.
     """
     for name, samples in (("keys", keys), ("values", values)):
         _check_samples(name, samples, fingerprint)
-    if information is None:
-        train = replace(train, key_metric="euclidean", value_metric="euclidean")
-        if isinstance(spec, Budget):
-            spec = spec.otherwise
-    if information is None or squares is None:
-        train = replace(train, weighting="none")
-    known, noted = information or (None, None), squares or (None, None)
+    offered = setup.recipe.quantizer
+    # A budget is checked even where nothing can be predicted: a mistake should not depend on the model.
+    choices = offered.choices(fingerprint.head_dim) if offered.bits is not None else ()
+    setup = _possible(setup, information is not None, squares is not None)
+    quantizer = setup.recipe.quantizer
+    spec = quantizer.spec(fingerprint.head_dim)
+    training, held = _split(keys[0].shape[1], setup)
+    _check_number(len(training), fingerprint, setup, (spec.keys, spec.values))
     gathered = {
-        "keys": Side(keys, known[0], noted[0], train.key_rotation, train.key_metric),
-        "values": Side(values, known[1], noted[1], train.value_rotation, train.value_metric),
+        name: Side(
+            Rows(samples, training),
+            Rows(samples, held if len(held) else training),
+            None if information is None else information[i],
+            None if squares is None else Rows(squares[i], training),
+            codes.rotation,
+            codes.metric,
+        )
+        for i, (name, samples, codes) in enumerate(
+            (("keys", keys, quantizer.keys), ("values", values, quantizer.values))
+        )
     }
     work = Work(progress)
-    if isinstance(spec, Budget):
-        if train.scope == "merged":
-            raise UserError("bits: layers of one codebook cannot differ; accepted scopes are layer and head")
-        specs = _within(spec, gathered, train, measure, work)
+    if quantizer.bits is not None:
+        specs = _within(choices, gathered, setup, measure, work)
     else:
         specs = {"keys": (spec.keys,) * len(keys), "values": (spec.values,) * len(values)}
     parts = {name: _parts(specs[name]) for name in gathered}
     work.expect(
-        _problems(train.scope, SomeLayers(side.samples, at), choice)
+        _problems(quantizer.scope, SomeLayers(side.samples, at), choice)
         for name, side in gathered.items()
         for choice, at in parts[name].items()
     )
     sides = []
     for name, side in gathered.items():
         trained = [
-            (at, _train_part(side.part(at), choice, train, work)) for choice, at in parts[name].items()
+            (at, _train_part(side.part(at), choice, setup, work)) for choice, at in parts[name].items()
         ]
         sides.append(_together(trained))
     meta = CodebookMeta(
@@ -172,22 +129,15 @@ def train_codebook(
         calibration=calibration,
         calibration_sha256=calibration_sha256,
         tokens=tokens,
-        samples=keys[0].shape[1],
-        seed=train.seed,
-        trainer=train.trainer,
-        seeding=train.seeding,
-        iterations=train.iterations,
-        alternations=train.alternations,
-        key_rotation=train.key_rotation,
-        value_rotation=train.value_rotation,
-        key_metric=train.key_metric,
-        value_metric=train.value_metric,
-        weighting=train.weighting,
+        samples=len(training),
+        held_out=len(held),
+        seed=setup.seed,
+        recipe=setup.recipe,
         key_error=sides[0].error,
         value_error=sides[1].error,
         key_predicted_kl=sides[0].predicted_kl,
         value_predicted_kl=sides[1].predicted_kl,
-        versions=_versions(train.trainer),
+        versions=_versions(setup.recipe.train),
     )
     return Codebook(sides[0].quantizer, sides[1].quantizer, meta)
 
@@ -195,20 +145,24 @@ def train_codebook(
 def train_quantizer(
     samples: LayerSamples,
     spec: CodeSpec,
-    train: TrainSpec,
+    setup: Setup,
     *,
     transform: Transform | None = None,
     information: Tensor | None = None,
     squares: LayerSamples | None = None,
+    held: LayerSamples | None = None,
     progress: Progress | None = None,
 ) -> TrainedSide:
-    """Train one side from finite samples [L, Hkv, n, D], layer by layer on `train.device`.
+    """Train one side from finite samples [L, Hkv, n, D], layer by layer on `setup.device`.
 
-    transform: [Lt, Ht, D, D] or None, as `rotation.fit_transform` gives it (rotations and metrics in `train`
-    are not read).  information: [L, Hkv, D, D], to predict the KL divergence over all the samples, or None.
+    Only scope, seeding, weighting and training of the recipe are read.
+    transform: [Lt, Ht, D, D] or None, as `rotation.fit_transform` gives it.
+    information: [L, Hkv, D, D], to predict the KL divergence, or None.
     squares: [L, Hkv, n], squared gradients of the samples for the weighting `gradient`.
+    held: [L, Hkv, n', D], on which errors are measured; None takes the samples themselves.
     """
-    total, done = _problems(train.scope, samples, spec), 0
+    quantizer, train = setup.recipe.quantizer, setup.recipe.train
+    total, done = _problems(quantizer.scope, samples, spec), 0
 
     def advance(problems: int) -> None:
         nonlocal done
@@ -217,33 +171,34 @@ def train_quantizer(
             progress(done, total)
 
     trained = []
-    if train.weighting == "none":
+    if quantizer.weighting == "none":
         squares = None
-    for points, weights in _training_sets(samples, squares, spec, train, transform):  # [Hc, n', D], [Hc, n']
+    for points, weights in _training_sets(samples, squares, spec, setup, transform):  # [Hc, n', D], [Hc, n']
         Hc, n, _ = points.shape
         points = points.view(Hc, n, spec.M, spec.dsub).transpose(1, 2).reshape(Hc * spec.M, n, spec.dsub)
         centroids = _KMEANS[train.trainer](
             points,
             spec.C,
             iterations=train.iterations,
-            seed=train.seed,
-            seeding=train.seeding,
+            seed=setup.seed,
+            seeding=quantizer.seeding,
             weights=None if weights is None else weights.repeat_interleave(spec.M, 0),
             progress=advance,
         )
         trained.append(centroids.view(Hc, spec.M, spec.C, spec.dsub).cpu())
-    quantizer = ProductQuantizer((spec,) * len(samples), train.scope, tuple(trained), transform)
+    scope: Scope = quantizer.scope  # type: ignore[assignment]  # checked by the recipe
+    side = ProductQuantizer((spec,) * len(samples), scope, tuple(trained), transform)
     errors, predicted = [], []
-    for i, layer in enumerate(layers(samples)):
-        x, pq = layer.to(train.device, torch.float32), quantizer.layer(i).to(train.device)
-        difference = x - decode(encode(x[None], pq), pq, x.dtype)[0]
+    for i, layer in enumerate(layers(samples if held is None else held)):
+        x, pq = layer.to(setup.device, torch.float32), side.layer(i).to(setup.device)
+        difference = x - decode(encode(x[None], pq, train.encoder), pq, x.dtype)[0]
         errors.append(relative_error(x, difference))
         if information is not None:
             F = information[i].to(x)
             predicted.append(
                 ((difference @ F) * difference).sum(2).mean(1, dtype=torch.float64).div(2).tolist()
             )
-    return TrainedSide(quantizer, errors, predicted)
+    return TrainedSide(side, errors, predicted)
 
 
 def relative_error(x: Tensor, difference: Tensor) -> list[float]:
@@ -257,38 +212,40 @@ def relative_error(x: Tensor, difference: Tensor) -> list[float]:
 
 
 def _within(
-    budget: Budget,
+    choices: Sequence[CodeSpec],
     sides: dict[str, Side],
-    train: TrainSpec,
+    setup: Setup,
     measure: Measure | None,
     work: Work,
 ) -> dict[str, tuple[CodeSpec, ...]]:
-    """The codes of each layer of either side that keep to the budget and promise the least divergence.
+    """The choices for each layer of either side that keep to the recipe's bits at the least predicted KL.
 
-    What a choice costs is predicted after a short training on a part of the samples.  The prediction takes
-    errors of tokens as independent of each other and of the gradients, and so is short by a factor which
-    differs by layer and hardly by choice: it is measured for the one with the second fewest bits.
+    The cost of a choice is predicted after a short training on a part of the samples.  The prediction takes
+    the errors of tokens as independent of each other and of the gradients.  It underestimates the KL by a
+    factor that varies by layer, hardly by choice: the factor is measured with the second fewest bits.
     """
-    probe = replace(train, **_PROBE)
-    everywhere, everything = range(len(sides["keys"].samples)), range(len(budget.choices))
+    quantizer = setup.recipe.quantizer
+    assert quantizer.bits is not None
+    probe = replace(setup, recipe=replace(setup.recipe, train=replace(setup.recipe.train, **_PROBE)))
+    everywhere, everything = range(len(sides["keys"].samples)), range(len(choices))
     work.expect(
-        _problems(train.scope, side.samples, one) for side in sides.values() for one in budget.choices
+        _problems(quantizer.scope, side.samples, choice) for side in sides.values() for choice in choices
     )
     costs: list[list[float]] = []  # [2 L][choices], keys first
     for name, side in sides.items():
-        part = side.thinned(_PROBE_SAMPLES, train.seed)  # read once for all choices
-        tried = [_train_part(part, choice, probe, work) for choice in budget.choices]
+        part = side.thinned(_PROBE_SAMPLES, setup.seed)  # read once for all choices
+        tried = [_train_part(part, choice, probe, work) for choice in choices]
         predicted = [[sum(one.predicted_kl[i]) for one in tried] for i in everywhere]
         if measure is not None:
-            j = sorted(everything, key=lambda j: budget.choices[j].bits_per_element)[:2][-1]
+            j = sorted(everything, key=lambda j: choices[j].bits_per_element)[:2][-1]
             for i in everywhere:
                 found = measure(name, i, tried[j].quantizer.layer(i))
                 factor = found / predicted[i][j] if found > 0 and predicted[i][j] > 0 else 1.0
                 predicted[i] = [cost * factor for cost in predicted[i]]
         costs += predicted
-    sizes = [choice.M * choice.nbits for choice in budget.choices]
-    most = math.floor(budget.bits * budget.choices[0].head_dim * len(costs) + 1e-6)
-    chosen = [budget.choices[j] for j in allocate(costs, sizes, most)]
+    sizes = [choice.M * choice.nbits for choice in choices]
+    most = math.floor(quantizer.bits * choices[0].head_dim * len(costs) + 1e-6)
+    chosen = [choices[j] for j in allocate(costs, sizes, most)]
     return {"keys": tuple(chosen[: len(everywhere)]), "values": tuple(chosen[len(everywhere) :])}
 
 
@@ -300,16 +257,17 @@ def _parts(specs: Sequence[CodeSpec]) -> dict[CodeSpec, list[int]]:
     return parts
 
 
-def _train_part(side: Side, spec: CodeSpec, train: TrainSpec, work: Work) -> TrainedSide:
+def _train_part(side: Side, spec: CodeSpec, setup: Setup, work: Work) -> TrainedSide:
     """Codes of `spec` for the layers of a side, with the transform that goes with them."""
     fitted = side.information if side.metric == "fisher" else None
     trained = train_quantizer(
         side.samples,
         spec,
-        train,
-        transform=fit_transform(side.rotation, side.samples, spec, train.fit(spec), fitted),
+        setup,
+        transform=fit_transform(side.rotation, side.samples, spec, setup, fitted),
         information=side.information,
         squares=side.squares,
+        held=side.held,
         progress=work.advance,
     )
     work.finish()
@@ -335,30 +293,69 @@ def _training_sets(
     samples: LayerSamples,
     squares: LayerSamples | None,
     spec: CodeSpec,
-    train: TrainSpec,
+    setup: Setup,
     transform: Transform | None,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Mapped float32 vectors [Hc, n', D], weights [Hc, n'] or None: for each layer, or once if merged."""
-    pooled = {"merged": len(samples) * samples[0].shape[0], "layer": samples[0].shape[0], "head": 1}[
-        train.scope
-    ]
-    most = -(-train.max_samples_per_centroid * spec.C // pooled)
-    thinned = Thinned(samples, most, train.seed)
-    weights = None if squares is None else Thinned(Weights(squares), most, train.seed)
+    scope = setup.recipe.quantizer.scope
+    most = -(-setup.max_samples(spec.C) // _sharing(scope, len(samples), samples[0].shape[0]))
+    thinned = Thinned(samples, most, setup.seed)
+    weights = None if squares is None else Thinned(Weights(squares), most, setup.seed)
 
     def layer(i: int) -> Tensor:
-        part = thinned[i].to(train.device, torch.float32)
-        return part if transform is None else transform.layer(i).to(train.device).apply(part)
+        part = thinned[i].to(setup.device, torch.float32)
+        return part if transform is None else transform.layer(i).to(setup.device).apply(part)
 
-    if train.scope == "merged":
+    if scope == "merged":
         points = torch.cat([layer(i).flatten(0, 1) for i in range(len(samples))])[None]
         yield points, None if weights is None else torch.cat([w.flatten() for w in layers(weights)])[None]
         return
     for i in range(len(samples)):
         points, w = layer(i), None if weights is None else weights[i]
-        if train.scope == "layer":
+        if scope == "layer":
             points, w = points.flatten(0, 1)[None], None if w is None else w.flatten()[None]
         yield points, w
+
+
+def _possible(setup: Setup, informed: bool, weighed: bool) -> Setup:
+    """The setup without what cannot be had: see `train_codebook`."""
+    quantizer = setup.recipe.quantizer
+    if not informed:
+        quantizer = replace(
+            quantizer,
+            keys=replace(quantizer.keys, metric="euclidean"),
+            values=replace(quantizer.values, metric="euclidean"),
+            bits=None,
+        )
+    if not (informed and weighed):
+        quantizer = replace(quantizer, weighting="none")
+    return replace(setup, recipe=replace(setup.recipe, quantizer=quantizer))
+
+
+def _split(n: int, setup: Setup) -> tuple[Tensor, Tensor]:
+    """Indices of n samples: those that train, and those held out, each in rising order."""
+    held = int(setup.recipe.train.held_out * n)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(setup.seed))
+    return order[held:].sort().values, order[:held].sort().values
+
+
+def _check_number(n: int, fingerprint: ModelFingerprint, setup: Setup, specs: Sequence[CodeSpec]) -> None:
+    """Refuse n training samples a layer and head that are fewer than the centroids; warn of few."""
+    scope = setup.recipe.quantizer.scope
+    shared = n * _sharing(scope, len(fingerprint.layers), fingerprint.num_kv_heads)
+    C = max(spec.C for spec in specs)
+    if shared < C:
+        raise UserError(
+            f"{shared} samples for {C} centroids: accepted are at least as many samples; give more text, or "
+            "lower quantizer.keys.nbits and quantizer.values.nbits"
+        )
+    if shared < FEW_SAMPLES * C:
+        logger.warning(
+            "%d samples for %d centroids: below %d a centroid codebooks fit other text badly; give more text",
+            shared,
+            C,
+            FEW_SAMPLES,
+        )
 
 
 def _check_samples(name: str, samples: LayerSamples, fingerprint: ModelFingerprint) -> None:
@@ -376,16 +373,23 @@ def _check_samples(name: str, samples: LayerSamples, fingerprint: ModelFingerpri
             raise UserError(f"samples of {name} of layer {layer} hold NaN or infinity")
 
 
-def _problems(scope: Scope, samples: LayerSamples, spec: CodeSpec) -> int:
+def _sharing(scope: str, L: int, Hkv: int) -> int:
+    """Heads, of all layers, that share a codebook."""
+    return {"merged": L * Hkv, "layer": Hkv, "head": 1}[scope]
+
+
+def _problems(scope: str, samples: LayerSamples, spec: CodeSpec) -> int:
     """Independent k-means problems of one side."""
     L, Hkv = len(samples), samples[0].shape[0]
-    return {"merged": 1, "layer": L, "head": L * Hkv}[scope] * spec.M
+    return L * Hkv // _sharing(scope, L, Hkv) * spec.M
 
 
-def _versions(trainer: Trainer) -> dict[str, str]:
+def _versions(train: Training) -> dict[str, str]:
     versions = {"torch": str(torch.__version__)}
-    if trainer == "faiss":
+    if "faiss" in (train.trainer, train.encoder):
         versions["faiss"] = import_faiss().__version__
+    if train.encoder == "keops":
+        versions["pykeops"] = metadata.version("pykeops")
     with suppress(metadata.PackageNotFoundError):  # run from a checkout that is not installed
         versions["million"] = metadata.version("million")
     return versions

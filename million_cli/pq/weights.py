@@ -13,15 +13,12 @@ draws from deciding over all others.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from million_cli.pq.samples import LayerSamples
 
-Weighting = Literal["none", "gradient"]
-WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
 LEAST, MOST, POWER = 1e-3, 20.0, 0.5
 
 

@@ -35,11 +35,13 @@ def exhibit(path: Path) -> Exhibit:
     said = "; ".join(
         f"{side}s {fmean(map(fmean, errors[side])):.4f} on average, " + _worst(worst[side]) for side in SIDES
     )
+    recipe = meta.get("recipe", {})
+    codes, train = recipe.get("quantizer", {}), recipe.get("train", {})
     sides = {side: card.get(f"{side}s", {}) for side in SIDES}
     lines = [
         ["bits an element", *(f"{_bits(sides[side])}" for side in SIDES)],
         ["scope", *(str(sides[side].get("scope", "–")) for side in SIDES)],
-        ["rotation", *(str(meta.get(f"{side}_rotation", "–")) for side in SIDES)],
+        ["rotation", *(str(codes.get(f"{side}s", {}).get("rotation", "–")) for side in SIDES)],
         ["mean error", *(f"{fmean(map(fmean, errors[side])):.4f}" for side in SIDES)],
         ["least", *(f"{min(map(min, errors[side])):.4f}" for side in SIDES)],
         ["largest", *(f"{worst[side][0]:.4f}" for side in SIDES)],
@@ -54,15 +56,18 @@ def exhibit(path: Path) -> Exhibit:
         for head in range(heads)
     ]
     versions = [f"{name} {version}" for name, version in meta.get("versions", {}).items()]
-    trained = ", ".join(
-        f"{what} {meta[key]}"
-        for what, key in (
-            ("trainer", "trainer"),
-            ("tokens", "tokens"),
-            ("samples a head", "samples"),
-            ("seed", "seed"),
-        )
-        if key in meta
+    told = {
+        "trainer": train.get("trainer"),
+        "tokens": meta.get("tokens"),
+        "samples a head": meta.get("samples"),
+        "held out": meta.get("held_out"),
+        "seed": meta.get("seed"),
+    }
+    trained = ", ".join(f"{what} {value}" for what, value in told.items() if value is not None)
+    judged = (
+        f"{meta['held_out']} samples a head held out from training"
+        if meta.get("held_out")
+        else "the training samples"
     )
 
     def made(name: str) -> list[str]:
@@ -74,7 +79,7 @@ def exhibit(path: Path) -> Exhibit:
         name=slug("codebook", path.stem),
         title=path.name,
         words=(
-            "Mean squared error over variance on the training samples, by layer and KV head; 0 is exact, 1 "
+            f"Mean squared error over variance on {judged}, by layer and KV head; 0 is exact, 1 "
             f"as bad as the mean. Calibrated on {meta.get('calibration', 'an unnamed text')} ({trained})."
         ),
         alt=f"Heat maps of the error of keys and values over {layers} layers and {heads} KV heads: {said}.",

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from million_cli.calibration import measured
 from million_cli.calibration.measured import Measure
-from million_cli.pipelines.sample import calibration_windows
+from million_cli.pipelines.sample import calibration
 from million_cli.pipelines.session import Session
 from million_cli.pipelines.train_codebook import train
 from million_cli.pq import Codebook
@@ -18,37 +17,58 @@ def small(job):
     return session, Codebook.load(train(session))
 
 
-def test_a_side_alone_costs_less_than_all_of_them_and_fewer_bits_cost_more(job, small, monkeypatch):
+def measure_on(session, tokens):
+    windows = calibration(session).windows
+    return windows, Measure(session.model, lambda: windows, tokens, session.config.cache.window(), batch=4)
+
+
+def test_a_side_alone_costs_less_than_all_of_them_and_fewer_bits_cost_more(job, small):
     session, codebook = small
     coarse = Codebook.load(train(Session(job("quantizer=pq-2bit"))))
-    measure = Measure(session, tokens=1024)
+    windows, measure = measure_on(session, 1024)
     for side in ("keys", "values"):
         for i in range(2):
             fine = measure(side, i, getattr(codebook, side).layer(i))
             assert 0 < fine < measure(side, i, getattr(coarse, side).layer(i))
-    windows = calibration_windows(session, repeats=False)
-    ((ids, logits),) = measure._dense
-    assert ids.tolist() == windows[[len(windows) * (2 * n + 1) // 8 for n in range(4)]].tolist()
+    ((ids, logits),) = measure.dense
+    expected = [windows[len(windows) * (2 * n + 1) // 8].tolist() for n in range(4)]
+    assert ids.tolist() == expected
     assert logits.shape[:2] == (4, 255)
-    monkeypatch.setattr(measured, "calibration_windows", None)  # read once
-    measure("keys", 0, codebook.keys.layer(0))
+
+
+def test_windows_are_asked_for_once_and_may_differ_in_length(small):
+    session, codebook = small
+    whole = calibration(session).windows[:2]
+    calls = []
+
+    def windows():
+        calls.append(None)
+        return [whole[0], whole[1][:100]]
+
+    window = session.config.cache.window()
+    together = Measure(session.model, windows, 10_000, window, batch=4)
+    apart = [Measure(session.model, lambda part=part: [part], 10_000, window, batch=4) for part in windows()]
+    pq = codebook.keys.layer(0)
+    kl, alone = together("keys", 0, pq), [one("keys", 0, pq) for one in apart]
+    assert kl == pytest.approx((alone[0] * 255 + alone[1] * 99) / 354)
+    together("keys", 0, pq)
+    assert len(calls) == 2
+    assert [ids.shape for ids, _ in together.dense] == [(1, 256), (1, 100)]
 
 
 def test_at_least_one_window_is_read(small):
     session, codebook = small
-    measure = Measure(session, tokens=1)
+    _, measure = measure_on(session, 1)
     assert measure("values", 0, codebook.values.layer(0)) > 0
-    assert [len(ids) for ids, _ in measure._dense] == [1]
+    assert [len(ids) for ids, _ in measure.dense] == [1]
 
 
-def test_budgets_are_measured_unless_told_otherwise(job, tmp_path, monkeypatch):
-    budget = ["quantizer.bits=1.125", f"out={tmp_path}"]
-    used = []
-    monkeypatch.setattr(
-        "million_cli.pipelines.train_codebook.Measure",
-        lambda session, tokens: lambda side, layer, pq: used.append((side, layer, tokens)) or 1e-3,
-    )
-    first = train(Session(job(*budget, "train.measured=256")))
-    assert used == [(side, i, 256) for side in ("keys", "values") for i in range(2)]
-    assert train(Session(job(*budget, "train.measured=0"))) != first
-    assert len(used) == 4
+def test_budgets_are_measured_unless_told_otherwise(job):
+    def made(*overrides):
+        return calibration(Session(job(*overrides)))
+
+    measure = made("quantizer.bits=1.125", "train.measured=512").measure()
+    assert measure is not None
+    assert [ids.shape for ids, _ in measure.dense] == [(2, 256)]
+    assert made("quantizer.bits=1.125", "train.measured=0").measure() is None
+    assert made().measure() is None

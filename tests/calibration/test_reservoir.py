@@ -99,7 +99,7 @@ def test_memory_is_bounded_and_dtype_kept() -> None:
         )
     keys, _ = reservoir.contents()
     assert (keys.shape, keys.dtype) == ((3, 16, 8), torch.bfloat16)
-    assert sum(tensor.nbytes for tensor in reservoir.state().values()) < 16 * (2 * 3 * (8 * 2 + 4) + 16) + 16
+    assert sum(tensor.nbytes for tensor in reservoir.state().values()) < 16 * (2 * 3 * (8 * 2 + 4) + 24) + 16
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -135,3 +135,23 @@ def test_squares_stay_with_their_tokens() -> None:
     key_squares, value_squares = reservoir.squares()
     assert torch.equal(key_squares, expected.expand(2, -1))
     assert torch.equal(value_squares, torch.where(expected < 0, -1.0, expected + 100).expand(2, -1))
+
+
+def test_positions_stay_with_their_tokens() -> None:
+    """Two texts in chunks, the second left-padded: each token keeps its own position, also over a restart."""
+    reservoir = Reservoir(25, 2, 0)
+    keys, values = numbered(1, 30)
+    for start in (0, 11):
+        stop = start + 11 if start == 0 else 30
+        places = torch.arange(start, stop)[None]
+        reservoir.add(keys[:, :, start:stop], values[:, :, start:stop], None, places)
+    mask = (torch.arange(20) >= 4)[None]
+    shifted = (torch.arange(20) - 4).clamp(min=0)[None]
+    more_keys, more_values = numbered(1, 20)
+    reservoir.add(more_keys + 100, more_values + 100, mask, shifted)
+    resumed = Reservoir(25, 2, 0)
+    resumed.restore(reservoir.state())
+    for one in (reservoir, resumed):
+        tokens = one.contents()[0][0, :, 0].long()
+        assert len(tokens) == 25
+        assert torch.equal(one.positions(), torch.where(tokens < 100, tokens, tokens - 104))

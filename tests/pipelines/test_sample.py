@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from million_cli.calibration.information import NoGradients
+from million_cli.calibration import calibrate
+from million_cli.calibration.information import Information, NoGradients
 from million_cli.calibration.sampling import Samples
 from million_cli.errors import UserError
 from million_cli.files import read_safetensors, write_safetensors
-from million_cli.pipelines import sample as pipeline
-from million_cli.pipelines.sample import run_sample, sample, sample_key
+from million_cli.pipelines.sample import calibration, run_sample, sample, sample_key
 from million_cli.pipelines.session import Session
 from million_cli.pipelines.train_codebook import train
 from million_cli.pq import Codebook
@@ -25,13 +25,13 @@ def tensors(folder):
 
 def test_a_finished_sample_is_found_again(job, monkeypatch):
     folder = sample(Session(job()))
-    monkeypatch.setattr(pipeline, "read_text", None)  # calling it would fail
+    monkeypatch.setattr(calibrate, "read_text", None)  # calling it would fail
     assert sample(Session(job())) == folder
 
 
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_sample(job, tmp_path, monkeypatch):
     config = job(f"out={tmp_path}", "sample.batch=1")
-    read, calls = pipeline.read_text, []
+    read, calls = calibrate.read_text, []
 
     def failing(model, cache, ids):
         calls.append(ids[0, :8].tolist())
@@ -39,8 +39,8 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_sample(job, tmp_path,
             raise RuntimeError("power cut")
         read(model, cache, ids)
 
-    monkeypatch.setattr(pipeline, "SAVE_EVERY_S", -1.0)
-    monkeypatch.setattr(pipeline, "read_text", failing)
+    monkeypatch.setattr(calibrate, "SAVE_EVERY_S", -1.0)
+    monkeypatch.setattr(calibrate, "read_text", failing)
     with pytest.raises(RuntimeError, match="power cut"):
         sample(Session(config))
     folder = sample(Session(config))
@@ -80,14 +80,14 @@ def test_refusals(job, tmp_path):
 
 def test_code_and_repetitions_are_spread_among_the_text(job):
     session = Session(job("sample.repeats=0.2", "sample.code=0.4"))
-    text = pipeline.calibration_windows(Session(job("sample.repeats=0", "sample.code=0")))
-    windows = pipeline.calibration_windows(session)
+    text = calibration(Session(job("sample.repeats=0", "sample.code=0"))).windows
+    windows = calibration(session).windows
     assert len(windows) == 8 + 4 + 8
-    rows = [row.tolist() for row in windows]
-    assert [row for row in rows if row in text.tolist()] == text.tolist()  # in order
+    rows, texts = ([row.tolist() for row in part] for part in (windows, text))
+    assert [row for row in rows if row in texts] == texts  # in order
     repeating = [row for row in rows if any(row[p:] == row[:-p] for p in range(16, 129))]
     assert len(repeating) == 4
-    kinds = ["t" if row in text.tolist() else "r" if row in repeating else "c" for row in rows]
+    kinds = ["t" if row in texts else "r" if row in repeating else "c" for row in rows]
     for half in (kinds[:10], kinds[10:]):
         assert sorted(half) == ["c"] * 4 + ["r"] * 2 + ["t"] * 4
     code = [row for row, kind in zip(rows, kinds, strict=True) if kind == "c"]
@@ -97,7 +97,7 @@ def test_code_and_repetitions_are_spread_among_the_text(job):
 def test_information_goes_on_after_an_interruption(job, tmp_path, monkeypatch):
     straight = Samples(sample(Session(job("sample.batch=1")))).information()
     config = job(f"out={tmp_path}", "sample.batch=1")
-    read, calls = pipeline.read_text, []
+    read, calls = calibrate.read_text, []
 
     def failing(*arguments):
         calls.append(None)
@@ -105,8 +105,8 @@ def test_information_goes_on_after_an_interruption(job, tmp_path, monkeypatch):
             raise RuntimeError("power cut")
         read(*arguments)
 
-    monkeypatch.setattr(pipeline, "SAVE_EVERY_S", -1.0)
-    monkeypatch.setattr(pipeline, "read_text", failing)
+    monkeypatch.setattr(calibrate, "SAVE_EVERY_S", -1.0)
+    monkeypatch.setattr(calibrate, "read_text", failing)
     with pytest.raises(RuntimeError, match="power cut"):
         sample(Session(config))
     resumed = Samples(sample(Session(config))).information()
@@ -118,11 +118,11 @@ def test_a_model_without_gradients_is_sampled_all_the_same(job, tmp_path, monkey
     def refuse(self, input_ids):
         raise NoGradients("the weights are packed")
 
-    monkeypatch.setattr(pipeline.Information, "read", refuse)
+    monkeypatch.setattr(Information, "read", refuse)
     config = job(f"out={tmp_path}", "quantizer=pq-3bit", "quantizer.bits=1.125")
     codebook = Codebook.load(train(Session(config)))
     assert "trained without Fisher information: the weights are packed" in caplog.text
-    assert codebook.meta.key_metric == "euclidean"
+    assert codebook.meta.recipe.quantizer.keys.metric == "euclidean"
     assert codebook.meta.key_predicted_kl == []
     assert [spec.M for spec in codebook.keys.specs] == [16, 16]
     assert [spec.M for spec in codebook.values.specs] == [8, 8]
@@ -138,12 +138,12 @@ def test_squares_are_those_of_the_sampled_tokens(job):
     """Whatever the batch, each kept token has the squared gradient of its own place in its own window."""
     config = job("sample.reservoir=100000")
     session = Session(config)
-    windows = pipeline.calibration_windows(session)
-    information = pipeline.Information(session.model, seed=config.seed)
+    windows = calibration(session).windows
+    information = Information(session.model, seed=config.seed)
     got = Samples(sample(session)).squares()[0][0]
     batch, at = config.sample.batch, 0
     for start in range(0, len(windows), batch):
-        rows = windows[start : start + batch]
+        rows = torch.stack(windows[start : start + batch])
         expected = torch.full((got.shape[0], rows.shape[1], len(rows)), -1.0)
         for row, window in enumerate(rows):
             keys = information.read(window[None])[0][0][0]

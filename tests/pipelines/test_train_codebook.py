@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from million_cli.calibration.calibrate import Calibration
 from million_cli.errors import UserError
-from million_cli.pipelines import train_codebook as pipeline
 from million_cli.pipelines.session import Session
 from million_cli.pipelines.train_codebook import run_train, train
 from million_cli.pq import Codebook
@@ -20,9 +20,10 @@ def test_the_codebook_says_where_it_comes_from(job):
     text = session.text(session.config.data)
     assert codebook.meta.fingerprint == session.fingerprint
     assert codebook.meta.calibration_sha256 == text.sha256
-    assert (codebook.meta.seed, codebook.meta.tokens, codebook.meta.samples) == (4, 3328, 512)
+    assert (codebook.meta.seed, codebook.meta.tokens, codebook.meta.samples) == (4, 3328, 480)
     assert codebook.keys.specs == (CodeSpec(32, 16, 3),) * 2
-    assert (codebook.keys.scope, codebook.meta.trainer) == ("head", "torch")
+    assert codebook.meta.recipe == session.config.recipe
+    assert (codebook.keys.scope, codebook.meta.held_out) == ("head", 32)
     assert (codebook.meta.command, codebook.meta.commit) == ("", git_commit())  # nobody gave a command
 
 
@@ -37,7 +38,7 @@ def test_the_codebook_names_the_command_that_made_it(job, tmp_path):
 
 def test_a_trained_codebook_is_found_again(job, monkeypatch):
     path = train(Session(job()))
-    monkeypatch.setattr(pipeline, "train_codebook", None)
+    monkeypatch.setattr(Calibration, "train", None)  # calling it would fail
     assert train(Session(job())) == path
 
 
@@ -65,7 +66,7 @@ def test_quantizers_differ_as_configured(job):
             [tuple(table.shape[:2]) for table in codebook.keys.centroids],
             [spec.M for spec in codebook.values.specs],
             codebook.bits_per_element,
-            codebook.meta.key_metric,
+            codebook.meta.recipe.quantizer.keys.metric,
         )
     keys, values, *rest = shapes.pop("pq-3bit")
     assert sum([*(M for _, M in keys), *values]) == 48  # of 32 dimensions each: 1.125 bits an element

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from million_cli.errors import UserError
-from million_cli.pq import Budget, TrainSpec, decode, encode, train_codebook
+from million_cli.pq import Setup, decode, encode, train_codebook
 from million_cli.pq.budget import allocate
 from million_cli.spec import CodeSpec, ModelFingerprint, PQSpec
 
@@ -17,8 +17,14 @@ L, HKV, N, D = 3, 2, 1500, 8
 WIDE, NARROW = CodeSpec(D, 4, 5), CodeSpec(D, 2, 5)  # 2.5 and 1.25 bits
 FINGERPRINT = ModelFingerprint("llama", L, (0, 1, 2), HKV, D, "abc")
 CARD = {"calibration": "noise", "calibration_sha256": "0" * 64, "tokens": 1000}
-FISHER = TrainSpec(
-    key_rotation="opq", value_rotation="opq", key_metric="fisher", value_metric="fisher", iterations=5
+BOTH = ("quantizer.{}.rotation=opq", "quantizer.{}.metric=fisher", "quantizer.{}.nbits=5")
+FISHER = Setup().override(
+    *(setting.format(side) for setting in BOTH for side in ("keys", "values")),
+    "quantizer.keys.dsub=2",
+    "quantizer.values.dsub=4",
+    "quantizer.widths=[2,4]",
+    "train.iterations=5",
+    "train.held_out=0",
 )
 
 
@@ -44,9 +50,8 @@ def train(bits, weights, scope="head", **options):
     """A codebook within `bits`, of noise whose errors weigh `weights` [2][L] (keys, values; by layer)."""
     x = torch.randn(2, L, HKV, N, D, generator=torch.Generator().manual_seed(0))
     F = torch.tensor(weights)[..., None, None, None] * torch.eye(D).expand(2, L, HKV, D, D)
-    budget = Budget((WIDE, NARROW), bits, otherwise=PQSpec(WIDE, NARROW))
-    settings = TrainSpec(**{**FISHER.__dict__, "scope": scope})
-    codebook = train_codebook(*x, budget, FINGERPRINT, settings, information=(F[0], F[1]), **options, **CARD)
+    setup = FISHER.override(f"quantizer.bits={bits}", f"quantizer.scope={scope}")
+    codebook = train_codebook(*x, FINGERPRINT, setup, information=(F[0], F[1]), **options, **CARD)
     return x, codebook
 
 
@@ -104,14 +109,18 @@ def test_any_budget_is_kept_and_used(bits):
 
 def test_without_information_the_budget_is_as_the_sides_say():
     x = torch.randn(2, L, HKV, 100, D)
-    budget = Budget((WIDE, NARROW), 2.0, otherwise=PQSpec(WIDE, NARROW))
-    codebook = train_codebook(*x, budget, FINGERPRINT, FISHER, **CARD)
+    codebook = train_codebook(*x, FINGERPRINT, FISHER.override("quantizer.bits=2"), **CARD)
     assert codebook.specs == (PQSpec(WIDE, NARROW),) * L
-    assert codebook.meta.key_metric == "euclidean"
+    quantizer = codebook.meta.recipe.quantizer
+    assert (quantizer.keys.metric, quantizer.values.metric, quantizer.bits) == (
+        "euclidean",
+        "euclidean",
+        None,
+    )
 
 
 def test_refusals():
     with pytest.raises(UserError, match=r"bits=3: accepted are 1\.25 to 2\.5"):
-        Budget((WIDE, NARROW), 3.0, otherwise=PQSpec(WIDE, NARROW))
+        train(3.0, [[1.0] * L] * 2)
     with pytest.raises(UserError, match="accepted scopes are layer and head"):
         train(2.0, [[1.0] * L] * 2, "merged")

@@ -10,6 +10,7 @@ from million_cli.files import read_safetensors
 from million_cli.pq import Codebook, CodebookMeta, ProductQuantizer
 from million_cli.pq.rotation import random_hadamard
 from million_cli.pq.transform import Transform
+from million_cli.recipe import Recipe
 from million_cli.spec import SCOPES, CodeSpec, ModelFingerprint
 
 L, HKV, D = 3, 2, 8
@@ -20,14 +21,9 @@ META = CodebookMeta(
     calibration_sha256="0" * 64,
     tokens=100,
     samples=50,
+    held_out=3,
     seed=7,
-    trainer="torch",
-    seeding="kmeans++",
-    iterations=25,
-    key_rotation="hadamard",
-    value_rotation="none",
-    key_metric="fisher",
-    value_metric="euclidean",
+    recipe=Recipe().override("quantizer.keys.metric=fisher", "train.alternations=2"),
     key_error=[[0.1, 0.2]] * L,
     value_error=[[0.3, 0.4]] * L,
     versions={"torch": "2.13.0"},
@@ -132,9 +128,11 @@ def edit_tensors(change):
         (lambda t, m: (t, {}), "is not a codebook: format=None"),
         (lambda t, m: (t, {**m, "card": "{"}), "no readable card"),
         (lambda t, m: (t, {"format": m["format"]}), "no readable card"),
-        (edit_card(lambda c: c.update(version=99)), "format version 99; accepted is 2: train it again"),
+        (edit_card(lambda c: c.update(version=99)), "format version 99; accepted is 3: train it again"),
         (edit_card(lambda c: c["meta"].pop("tokens")), "damaged card"),
         (edit_card(lambda c: c["meta"]["fingerprint"].update(layers=3)), "damaged card"),
+        (edit_card(lambda c: c["meta"]["recipe"]["train"].update(trainer="x")), "damaged card: .*trainer=x"),
+        (edit_card(lambda c: c["meta"].pop("recipe")), "damaged card: KeyError: 'recipe'"),
         (edit_card(lambda c: c.pop("values")), "damaged card: KeyError: 'values'"),
         (
             edit_card(lambda c: c["keys"]["specs"][1].update(M=3)),

@@ -3,40 +3,16 @@ import sys
 
 import pytest
 import torch
+from code_cases import B, H, T, distances, make
 from examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from million_cli.errors import UserError
-from million_cli.pq import argmin, codec, codec_keops
+from million_cli.pq import argmin, codec
 from million_cli.pq.argmin import first_argmin, near_argmin
 from million_cli.pq.codebook import LayerPQ
 from million_cli.pq.codec import decode, encode
 from million_cli.pq.packing import code_dtype
-from million_cli.pq.rotation import random_hadamard
-from million_cli.pq.transform import Transform
-from million_cli.spec import CodeSpec
-
-B, H, T = 2, 3, 17
-
-
-def make(D, M, nbits, Hc=1, Hr=0, seed=0):
-    """A quantizer with random tables, and vectors that lie far from the origin, as keys do."""
-    torch.manual_seed(seed)
-    spec = CodeSpec(D, M, nbits)
-    offset = torch.randn(D) * 10
-    centroids = torch.randn(Hc, M, spec.C, spec.dsub) + offset.view(M, 1, spec.dsub)
-    transform = (
-        Transform.rotation(torch.stack([random_hadamard(D, h).float() for h in range(Hr)])) if Hr else None
-    )
-    return LayerPQ(spec, centroids, transform), torch.randn(B, H, T, D, dtype=torch.float64) + offset
-
-
-def distances(x, pq):
-    """float64 [B, H, T, M, C] by the definition."""
-    x = x.double() if pq.transform is None else x.double() @ pq.transform.encode.double()
-    x = x.view(*x.shape[:3], pq.spec.M, 1, pq.spec.dsub)
-    return (x - pq.centroids.double()[:, None]).square().sum(-1)
 
 
 @pytest.mark.parametrize("nbits", range(1, 17))
@@ -64,36 +40,6 @@ def test_the_chosen_centroid_is_nearest_within_float32_rounding(M, dtype):
     chosen = exact.gather(-1, encode(x, pq).long()[..., None])[..., 0]
     rounding = (pq.spec.dsub + 2) * torch.finfo(torch.float32).eps
     assert (chosen <= exact.amin(-1) * (1 + rounding)).all()
-
-
-@pytest.mark.parametrize("backend", codec.BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_ties_go_to_the_lowest_index(backend, dtype):
-    """On a coarse grid of integers every distance is exact and most are tied."""
-    torch.manual_seed(0)
-    spec = CodeSpec(8, 4, 8)
-    pq = LayerPQ(spec, torch.randint(-2, 3, (H, 4, 256, 2)).float())
-    x = torch.randint(-3, 4, (B, H, T, 8)).to(dtype)
-    exact = distances(x, pq)
-    lowest = (exact == exact.amin(-1, keepdim=True)).long().argmax(-1)
-    assert torch.equal(encode(x, pq, backend).long(), lowest)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("nbits", "Hc", "Hr"), [(8, H, 0), (11, 1, 1)])
-def test_torch_and_keops_agree_except_at_ties(dtype, nbits, Hc, Hr):
-    pq, x = make(8, 4, nbits, Hc, Hr)
-    x = x.repeat(1, 1, 50, 1).to(dtype)
-    x += torch.randn_like(x)
-    ours, theirs = encode(x, pq), encode(x, pq, "keops")
-    assert ours.dtype == theirs.dtype
-    differ = ours.long() != theirs.long()
-    if dtype == torch.float64:
-        assert not differ.any()
-    exact = distances(x, pq)
-    a, b = (exact.gather(-1, codes.long()[..., None])[..., 0][differ] for codes in (ours, theirs))
-    torch.testing.assert_close(a, b, rtol=4 * torch.finfo(torch.float32).eps, atol=0)
-    assert differ.double().mean() < 1e-3
 
 
 def test_codes_do_not_depend_on_the_size_of_blocks(monkeypatch):
@@ -187,40 +133,3 @@ def test_near_argmin_is_near(C):
     least = x.amin(-1).clamp(min=0)  # a few values below zero are rounding
     assert (x.gather(-1, found[..., None])[..., 0] <= least * (1 + 2**-14)).all()
     assert found[0, 0] == 1
-
-
-def test_an_unknown_encoder_is_refused():
-    pq, x = make(8, 4, 6)
-    with pytest.raises(UserError, match="encoder=numpy: accepted are torch, keops"):
-        encode(x, pq, "numpy")
-
-
-@pytest.mark.parametrize(
-    ("hide", "message"),
-    [
-        ("os.environ.update(PATH=''); os.environ.pop('CXX', None)", "encoder=keops needs the compiler g++"),
-        ("sys.modules['pykeops'] = None", "encoder=keops needs PyKeOps"),
-    ],
-)
-def test_keops_that_cannot_work_says_so_in_one_line(hide, message):
-    code = f"""
-import os, sys, torch
-from million_cli.errors import UserError
-from million_cli.pq.codebook import LayerPQ
-from million_cli.pq.codec import encode
-from million_cli.spec import CodeSpec
-{hide}
-try:
-    encode(torch.zeros(1, 1, 1, 4), LayerPQ(CodeSpec(4, 2, 1), torch.zeros(1, 2, 2, 2)), "keops")
-except UserError as error:
-    print(error)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stdout.startswith(message), done.stderr
-    assert done.stdout.count("\n") == 1
-
-
-def test_keops_prints_nothing(capfd):
-    points = torch.randn(1, 4, 2)
-    codec_keops.nearest_centroid(points, points)
-    assert capfd.readouterr().out == ""

@@ -6,7 +6,8 @@ import torch
 from million_cli.pq import kmeans as module
 from million_cli.pq.codec import nearest_centroid
 from million_cli.pq.faiss_kmeans import faiss_kmeans, import_faiss
-from million_cli.pq.kmeans import SEEDINGS, kmeans, seed_centroids
+from million_cli.pq.kmeans import kmeans, seed_centroids
+from million_cli.recipe import SEEDINGS
 
 TRAINERS = {"torch": kmeans, "faiss": faiss_kmeans}
 

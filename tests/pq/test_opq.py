@@ -6,10 +6,10 @@ from itertools import permutations
 import pytest
 import torch
 
-from million_cli.pq import TrainSpec, train_quantizer
+from million_cli.pq import Setup, train_quantizer
 from million_cli.pq.faiss_kmeans import import_faiss
 from million_cli.pq.opq import balanced_rotation, deal, optimised_rotation, procrustes
-from million_cli.pq.rotation import Fit, fit_rotation, random_orthogonal
+from million_cli.pq.rotation import fit_rotation, random_orthogonal
 from million_cli.pq.transform import Transform
 from million_cli.spec import SCOPES, CodeSpec
 
@@ -51,7 +51,7 @@ def _seed():
 
 def error(samples, rotation):
     """Mean squared error of k-means under the rotation, on the samples that train it."""
-    train = TrainSpec(seed=1, max_samples_per_centroid=10**6)
+    train = Setup(seed=1).override("train.max_samples_per_centroid=1000000")
     transform = None if rotation is None else Transform.rotation(rotation)
     trained = train_quantizer(samples[None], SPEC, train, transform=transform)
     variance = (samples - samples.mean(1, keepdim=True)).square().mean((1, 2))
@@ -169,7 +169,9 @@ def test_alternation_fits_the_centroids_that_heads_share(shared):
     for alternations in (0, 1, 20):
         R = optimised_rotation(x, SPEC, alternations=alternations, **options)
         transform = Transform.rotation(R[None])
-        trained = train_quantizer(x[None], SPEC, TrainSpec(scope=scope), transform=transform)
+        trained = train_quantizer(
+            x[None], SPEC, Setup().override(f"quantizer.scope={scope}"), transform=transform
+        )
         errors.append(sum(trained.error[0]))
     assert errors[2] < errors[0]
     assert errors[2] < errors[1]
@@ -178,7 +180,7 @@ def test_alternation_fits_the_centroids_that_heads_share(shared):
 @pytest.mark.parametrize("scope", SCOPES)
 def test_by_name_each_layer_and_head_has_its_own(scope):
     x = torch.stack([gaussian(), clusters()]).half()
-    fit = Fit(scope=scope, alternations=2, max_samples=1000, seed=4)
+    fit = Setup(seed=4).override(f"quantizer.scope={scope}", "train.alternations=2")
     R = fit_rotation("opq", x, SPEC, fit)
     assert (R.shape, R.dtype) == ((2, H, D, D), torch.float32)
     assert torch.equal(R, fit_rotation("opq", x, SPEC, fit))
@@ -191,9 +193,11 @@ def test_by_name_each_layer_and_head_has_its_own(scope):
 
 def test_a_fit_sees_no_more_samples_than_allowed():
     x = gaussian()[None]
-    few = fit_rotation("opq", x, SPEC, Fit(max_samples=100, seed=2))
-    rows = torch.randperm(N, generator=torch.Generator().manual_seed(2))[:100]
+    few = fit_rotation(
+        "opq", x, SPEC, Setup(seed=2).override(f"train.max_samples_per_centroid={100 // SPEC.C}")
+    )
+    rows = torch.randperm(N, generator=torch.Generator().manual_seed(2))[: 100 // SPEC.C * SPEC.C]
     assert torch.equal(few[0], balanced_rotation(x[0][:, rows], SPEC.M).float())
-    everything = fit_rotation("opq", x, SPEC, Fit(max_samples=N))
+    everything = fit_rotation("opq", x, SPEC, Setup())
     assert torch.equal(everything[0], balanced_rotation(x[0], SPEC.M).float())
     assert math.isfinite(few.sum())

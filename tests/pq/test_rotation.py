@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from million_cli.errors import UserError
-from million_cli.pq.rotation import Fit, fit_rotation, random_hadamard, random_orthogonal
+from million_cli.pq import Setup
+from million_cli.pq.rotation import fit_rotation, random_hadamard, random_orthogonal
 from million_cli.spec import CodeSpec
 
 
@@ -30,9 +31,9 @@ def test_random_orthogonal_is_uniform_over_signs():
 def test_methods_by_name():
     samples = torch.randn(2, 3, 10, 16)
     spec = CodeSpec(16, 8, 4)
-    assert fit_rotation("none", samples, spec, Fit(seed=0)) is None
-    R = fit_rotation("hadamard", samples, spec, Fit(seed=0))
+    assert fit_rotation("none", samples, spec, Setup()) is None
+    R = fit_rotation("hadamard", samples, spec, Setup())
     assert R is not None
     assert (R.shape, R.dtype) == ((1, 1, 16, 16), torch.float32)
     with pytest.raises(UserError, match="rotation=haar: accepted are none, hadamard, opq"):
-        fit_rotation("haar", samples, spec, Fit(seed=0))
+        fit_rotation("haar", samples, spec, Setup())

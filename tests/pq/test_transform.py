@@ -6,10 +6,11 @@ from examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from million_cli.pq import LayerPQ, TrainSpec, decode, encode, train_quantizer
+from million_cli.pq import LayerPQ, Setup, decode, encode, train_quantizer
 from million_cli.pq.metric import metric_root
-from million_cli.pq.rotation import ROTATIONS, Fit, fit_transform, random_hadamard
+from million_cli.pq.rotation import fit_transform, random_hadamard
 from million_cli.pq.transform import Transform
+from million_cli.recipe import ROTATIONS
 from million_cli.spec import CodeSpec
 
 D, H = 16, 3
@@ -91,9 +92,9 @@ def weighted_error(x, pq, F):
 def test_coding_in_a_metric_lowers_the_error_in_it(method):
     x = torch.randn(1, H, 3000, D, generator=torch.Generator().manual_seed(3))
     F = information(200)[None]
-    train = TrainSpec(iterations=8)
+    train = Setup().override("train.iterations=8")
     plain, fitted = (
-        train_quantizer(x, SPEC, train, transform=fit_transform(method, x, SPEC, Fit(), metric)).quantizer
+        train_quantizer(x, SPEC, train, transform=fit_transform(method, x, SPEC, Setup(), metric)).quantizer
         for metric in (None, F)
     )
     before, after = (weighted_error(x[0], side.layer(0), F[0]) for side in (plain, fitted))
@@ -103,7 +104,7 @@ def test_coding_in_a_metric_lowers_the_error_in_it(method):
 def test_the_predicted_divergence_is_half_the_weighted_error():
     x = torch.randn(1, H, 500, D)
     F = information(50)[None]
-    side = train_quantizer(x, SPEC, TrainSpec(iterations=2), information=F)
+    side = train_quantizer(x, SPEC, Setup().override("train.iterations=2"), information=F)
     expected = weighted_error(x[0], side.quantizer.layer(0), F[0]) / 2
     torch.testing.assert_close(torch.tensor(side.predicted_kl[0]).double(), expected, rtol=1e-4, atol=0)
 
@@ -112,7 +113,7 @@ def test_centroids_in_half_precision_cost_nothing():
     """What the compiled kernels read: fp16 tables, of vectors that lie far from the origin as keys do."""
     x = torch.randn(1, H, 4000, D) + 8 * torch.randn(1, H, 1, D)
     F = information(100)[None] * 1e-6
-    side = train_quantizer(x, SPEC, TrainSpec(), transform=fit_transform("opq", x, SPEC, Fit(), F)).quantizer
+    side = train_quantizer(x, SPEC, Setup(), transform=fit_transform("opq", x, SPEC, Setup(), F)).quantizer
     exact = side.layer(0)
     half = LayerPQ(exact.spec, exact.centroids.half().float(), exact.transform)
     assert (weighted_error(x[0], half, F[0]) < 1.001 * weighted_error(x[0], exact, F[0])).all()

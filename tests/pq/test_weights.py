@@ -2,7 +2,7 @@
 
 import torch
 
-from million_cli.pq import TrainSpec, decode, encode, train_quantizer
+from million_cli.pq import Setup, decode, encode, train_quantizer
 from million_cli.pq.weights import LEAST, MOST, POWER, weights_of
 from million_cli.spec import CodeSpec
 
@@ -37,7 +37,7 @@ def test_training_heeds_the_weights_of_each_scope() -> None:
             ("unknown", "gradient", torch.full_like(squares, -1)),
             ("weighted", "gradient", squares),
         ):
-            train = TrainSpec(scope=scope, weighting=weighting)
+            train = Setup().override(f"quantizer.scope={scope}", f"quantizer.weighting={weighting}")
             pq = train_quantizer(x, spec, train, squares=given).quantizer
             decoded = torch.stack(
                 [decode(encode(x[i : i + 1], pq.layer(i)), pq.layer(i), x.dtype)[0] for i in (0, 1)]

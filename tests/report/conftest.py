@@ -14,6 +14,7 @@ from million_cli.hf.models import random_model
 from million_cli.hydra_app import compose
 from million_cli.pipelines.report import report
 from million_cli.pipelines.session import byte_tokenizer
+from million_cli.recipe import Recipe
 from million_cli.tables import write_table
 from million_cli.text import synthetic_text
 
@@ -167,8 +168,11 @@ def codebook(tmp_path_factory: pytest.TempPathFactory) -> Path:
     heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
     model = random_model({**shape, **heads}, seed=0, dtype="float32")
     path = tmp_path_factory.mktemp("codebook") / "mine.safetensors"
+    recipe = Recipe().override(
+        "quantizer.keys.nbits=4", "quantizer.values.nbits=4", "sample.context=128", "sample.code=0"
+    )
     trained = million_cli.train_codebook(
-        model, byte_tokenizer(), synthetic_text(1, 1500), M=8, nbits=4, samples=256, context_tokens=128
+        model, byte_tokenizer(), synthetic_text(1, 1500), recipe, show_progress=False
     )
     meta = replace(trained.meta, command="million train-codebook", commit="abc123")
     replace(trained, meta=meta).save(path)
