@@ -18,7 +18,7 @@ from typing import Annotated
 import torch
 import typer
 
-from million_cli.calibration.sampling import Samples
+from million_cli.calibration.samples import FORMAT, Samples
 from million_cli.files import write_safetensors
 from million_cli.pq import Setup, train_codebook
 from million_cli.progress import progress
@@ -40,7 +40,16 @@ def write_samples(folder: Path, fingerprint: ModelFingerprint, n: int) -> None:
         for side in ("key", "value"):
             tensors[f"{side}_squares"] = torch.randn(shape[:2], generator=generator).square()
         write_safetensors(folder / shards[str(layer)], tensors)
-    manifest = {"format": 4, "fingerprint": fingerprint.to_dict(), "shards": shards}
+    manifest = {
+        "format": FORMAT,
+        "generation": 0,
+        "fingerprint": fingerprint.to_dict(),
+        "samples": n,
+        "seed": 0,
+        "seen": n,
+        "shards": shards,
+        "progress": {},
+    }
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from million_cli.calibration.information import Information, NoGradients
 from million_cli.calibration.measured import Measure
-from million_cli.calibration.sampling import Sampled, Samples, SamplingCache, read_text
+from million_cli.calibration.samples import Sampled, Samples
+from million_cli.calibration.sampling import SamplingCache, read_text
 from million_cli.calibration.windows import CODE, batches, calibration_windows
 from million_cli.errors import UserError
 from million_cli.hf.models import fingerprint
@@ -134,7 +135,7 @@ class Calibration:
                 information.restore(gathered)
         self._read(cache, information, state["windows"] if state is not None else 0, folder)
         if folder is None:
-            return Sampled.in_memory(cache, information)
+            return cache.sampled(information)
         logger.info("samples: %s", folder)
         return Sampled.in_folder(Samples(folder))
 

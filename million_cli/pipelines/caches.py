@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers.cache_utils import Cache, DynamicCache
 
-from million_cli.calibration.sampling import Samples
+from million_cli.calibration.samples import Samples
 from million_cli.codecs import Calibrated, Codec, Shape, SimulatedCache
 from million_cli.codecs.distort import DistortCache
 from million_cli.errors import UserError

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from million_cli.calibration.calibrate import Calibration
-from million_cli.calibration.sampling import Samples
+from million_cli.calibration.samples import Samples
 from million_cli.calibration.windows import CODE
 from million_cli.pipelines import Result
 from million_cli.pipelines.config import JobConfig

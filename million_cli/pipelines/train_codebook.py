@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from million_cli.calibration.sampling import Sampled, Samples
+from million_cli.calibration.samples import Sampled, Samples
 from million_cli.errors import UserError
 from million_cli.pipelines import Result
 from million_cli.pipelines.config import JobConfig

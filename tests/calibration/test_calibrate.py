@@ -8,7 +8,7 @@ import torch
 import million_cli
 from million_cli.calibration import calibrate
 from million_cli.calibration.calibrate import Calibration
-from million_cli.calibration.sampling import Samples
+from million_cli.calibration.samples import Samples
 from million_cli.errors import UserError
 from million_cli.pipelines.sample import calibration
 from million_cli.pipelines.session import Session

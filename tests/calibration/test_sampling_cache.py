@@ -10,7 +10,8 @@ from tiny_models import random_ids, tiny_model
 from transformers import DynamicCache
 
 from million_cli import files
-from million_cli.calibration.sampling import Samples, SamplingCache, read_text
+from million_cli.calibration.samples import Samples
+from million_cli.calibration.sampling import SamplingCache, read_text
 from million_cli.errors import UserError
 from million_cli.hf.switch import ATTENTION_NAME
 

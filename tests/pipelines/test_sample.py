@@ -10,7 +10,7 @@ import torch
 
 from million_cli.calibration import calibrate
 from million_cli.calibration.information import Information, NoGradients
-from million_cli.calibration.sampling import Samples
+from million_cli.calibration.samples import Samples
 from million_cli.errors import UserError
 from million_cli.files import read_safetensors, write_safetensors
 from million_cli.pipelines.sample import calibration, run_sample, sample, sample_key
