@@ -31,6 +31,7 @@ from million_cli.engine.sampler import Sampler
 from million_cli.errors import UserError
 from million_cli.hf.cache import PQCache
 from million_cli.hf.compat import embedding_changes_at, reset_cache
+from million_cli.hf.models import longest_text
 from million_cli.hf.pq_steps import PQSteps, steps_reason
 from million_cli.hf.step import Steps, padding_of_step, step_cache
 from million_cli.hf.switch import pq_attention, use_pq_attention
@@ -87,6 +88,7 @@ class Engine:
         self.logits: Tensor | None = None
         self.chunk: int | None = None
         self.length = 0
+        self._longest = longest_text(model.config)
         self._pending = False  # the newest token belongs to the text and is not in the cache yet
         self._uneven = False  # some sequences ended before others: the cache holds more than was given out
         self.steps = self._make_steps(bucket)
@@ -186,8 +188,8 @@ class Engine:
             self._forget(release=self._static and self._tokens.shape[0] != B)
             held = 0
         end = held + ids.shape[1]
-        if held or (chunk is not None and chunk < end):
-            self._check_embedding(held or chunk or 0, end)
+        in_pieces = held or (chunk is not None and chunk < end)
+        self._check_embedding((held or chunk or 0) if in_pieces else end, end)
         if mask is not None and mask.shape[1] < end:  # the newest token comes between mask and turn
             mask = F.pad(mask, (0, end - mask.shape[1]), value=True)
         while True:
@@ -216,6 +218,10 @@ class Engine:
 
     def _check_embedding(self, held: int, end: int) -> None:
         """Raise if positions up to `end` are embedded otherwise than the `held` ones in the cache were."""
+        if self._longest is not None and end > self._longest:
+            raise UserError(
+                f"{end} tokens: this model attends to the latest {self._longest}; accepted are fewer"
+            )
         changes = embedding_changes_at(self.model.config)
         if changes is not None and held <= changes < end:
             raise UserError(

@@ -20,6 +20,17 @@ from million_cli.hf.padding import padding_mask, unless_all_seen
 from million_cli.hf.step import StepHandle, step_attention
 from million_cli.hf.switch import ATTENTION_NAME
 
+_CHANGES_ATTENTION = ("s_aux", "position_bias")
+"""Refused for dense K and V too, where sdpa would ignore them."""
+_WITHOUT_EFFECT = frozenset(
+    (
+        "is_causal", "sliding_window",  # looked at
+        "position_ids", "cache_position", "position_embeddings",  # K and queries are rotated already
+        "use_cache", "logits_to_keep", "return_dict", "output_hidden_states", "output_router_logits",
+        "num_items_in_batch", "deterministic", "token_type_ids",
+    )
+)  # fmt: skip
+"""Arguments of attention functions that need nothing here; all others are refused."""
 _SOFTCAP_ROWS = 256  # queries whose scores are alive at once
 
 
@@ -100,11 +111,13 @@ def pq_attention_forward(
     Raises:
         UserError: a feature that attention over codes does not have.
     """
-    for name in ("s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise UserError(f"attention with {name} is not supported by {ATTENTION_NAME}")
     if kwargs.get("output_attentions"):
         raise UserError("output_attentions=True: attention over codes keeps no weights; accepted is False")
+    for name, given in kwargs.items():
+        if given is not None and name in _CHANGES_ATTENTION:
+            raise UserError(f"attention with {name} is not supported by {ATTENTION_NAME}")
+    if isinstance(key, StepHandle | PQHandle):
+        _check_arguments(kwargs)
     if isinstance(key, StepHandle):
         assert softcap is None, "refused when the steps were made"
         return step_attention(
@@ -114,6 +127,11 @@ def pq_attention_forward(
         view = key.view
         if dropout:
             raise UserError(f"attention_dropout={dropout}: a PQ cache does not train; call model.eval()")
+        window = kwargs.get("sliding_window")
+        if window is not None and view.length > window:
+            raise UserError(
+                f"{view.length} tokens: this model attends to the latest {window}; accepted are fewer"
+            )
         if not _plain_causal(module, kwargs) and attention_mask is None and query.shape[2] > 1:
             raise UserError("bidirectional attention: a PQ cache serves causal attention only")
         # sdpa reads "no mask" as causal from the upper left: right only if the queries are all the tokens.
@@ -131,6 +149,13 @@ def pq_attention_forward(
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
     )
+
+
+def _check_arguments(kwargs: dict[str, Any]) -> None:
+    """Refuse what a model asks of its attention function and codes do not have."""
+    for name, given in kwargs.items():
+        if name not in _WITHOUT_EFFECT and given is not None and given is not False:
+            raise UserError(f"attention with {name} is not supported by {ATTENTION_NAME}")
 
 
 def _plain_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:

@@ -152,7 +152,7 @@ def full_attention_layers(config: PreTrainedConfig) -> tuple[int, ...]:
         )
     full = []
     for index, layer in enumerate(DynamicCache(config=text_config).layers):
-        if type(layer) is DynamicLayer:
+        if type(layer) is DynamicLayer or _sees_all(layer, text_config):
             full.append(index)
         elif type(layer) is not DynamicSlidingWindowLayer and type(layer).__name__ != "DummyLayer":
             raise UserError(
@@ -162,6 +162,26 @@ def full_attention_layers(config: PreTrainedConfig) -> tuple[int, ...]:
     if not full:
         raise UserError(f"model_type={name}: no layer has full attention, so there is nothing to quantise")
     return tuple(full)
+
+
+def _sees_all(layer: Any, text_config: PreTrainedConfig) -> bool:
+    """Whether a sliding window is as long as any text: Phi-3-mini-128k, Phi-4-mini."""
+    trained = getattr(text_config, "max_position_embeddings", None)
+    return (
+        type(layer) is DynamicSlidingWindowLayer and trained is not None and layer.sliding_window >= trained
+    )
+
+
+def longest_text(config: PreTrainedConfig) -> int | None:
+    """Tokens beyond which a layer that counts as one of full attention would slide, or None."""
+    text_config = config.get_text_config(decoder=True)
+    layers = DynamicCache(config=text_config).layers
+    windows = [
+        layer.sliding_window
+        for layer in layers
+        if isinstance(layer, DynamicSlidingWindowLayer) and _sees_all(layer, text_config)
+    ]
+    return min(windows, default=None)
 
 
 def fingerprint(model: PreTrainedModel) -> ModelFingerprint:

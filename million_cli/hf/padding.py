@@ -32,7 +32,7 @@ def padding_mask(
     """
     padding_only = (
         q_length == 1
-        and mask_function is causal_mask_function
+        and (mask_function is causal_mask_function or (kwargs.get("local_size") or 0) >= kv_length)
         and isinstance(q_offset, int)
         and (kv_offset, q_offset + 1) == (0, kv_length)  # all keys are of the past, none is preallocated
         and attention_mask is not None
