@@ -136,11 +136,19 @@ def test_what_is_no_codebook_is_refused(tmp_path):
     (tmp_path / "x").write_text("no")
     with pytest.raises(UserError, match="is not a codebook with a readable card"):
         card.exhibit(tmp_path / "x")
-    write_safetensors(
-        tmp_path / "y", {}, {"card": json.dumps({"meta": {"key_error": [], "value_error": []}})}
-    )
-    with pytest.raises(UserError, match="is not a codebook with a readable card"):
-        card.exhibit(tmp_path / "y")
+    errors = {"key_error": [[0.1]], "value_error": [[0.1]]}
+    for text in (
+        *("[" * 100_000, "[]", "null", "{", json.dumps({"meta": []})),
+        *(
+            json.dumps({"meta": {**errors, "key_error": cell}})
+            for cell in ([], [[]], [["x"]], [[float("nan")]], [[0.1], [0.1]], [[0.1], [0.1, 0.2]], 3, None)
+        ),
+        json.dumps({"meta": errors, "keys": 3}),
+    ):
+        write_safetensors(tmp_path / "y", {}, {"card": text})
+        with pytest.raises(UserError, match="is not a codebook with a readable card") as error:
+            card.exhibit(tmp_path / "y")
+        assert "\n" not in str(error.value)
 
 
 def test_cells_are_formatted_and_empty_columns_left_out():
