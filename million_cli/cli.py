@@ -284,7 +284,7 @@ def generate(
     million generate --model /models/Llama-3.1-8B-Instruct --temperature 0.7 --top-p 0.9 "Who wrote Faust?"
     """
     from million_cli.hydra_app import compose
-    from million_cli.pipelines.given import refuse_unread
+    from million_cli.pipelines.given import refuse_unread, take_from_codebook
 
     if prompt is not None and prompt_file is not None:  # then it is the first override
         ctx.args.insert(0, prompt)
@@ -292,6 +292,7 @@ def generate(
     arguments = _arguments(ctx)
     config = compose(arguments)
     refuse_unread(config, arguments)
+    take_from_codebook(config, arguments)
     from million_cli.pipelines.generate import Generation
     from million_cli.pipelines.generate import generate as pipeline
     from million_cli.pipelines.prompt import read_prompt

@@ -32,7 +32,7 @@ from million_cli.conf import conf_folder
 from million_cli.errors import UserError
 from million_cli.files import CANNOT_WRITE, reason
 from million_cli.pipelines.config import JobConfig, schema
-from million_cli.pipelines.given import refuse_unread
+from million_cli.pipelines.given import refuse_unread, take_from_codebook
 from million_cli.registry import CODECS, TASKS
 from million_cli.results import Provenance, Record, Status, check_destination, now, running
 from million_cli.tables import read_results
@@ -199,7 +199,9 @@ def _job(verb: str, run_id: str, command: str, config: DictConfig) -> None:
         job = to_job_config(config)
         hydra_config = HydraConfig.get()
         sweep = hydra_config.mode == RunMode.MULTIRUN
-        refuse_unread(job, list(hydra_config.overrides.task), sweep)
+        overrides = list(hydra_config.overrides.task)
+        refuse_unread(job, overrides, sweep)
+        take_from_codebook(job, overrides)
         for result in pipelines.run(verb, job):
             record(
                 status="ok",

@@ -375,3 +375,17 @@ def test_switches_that_contradict_each_other_are_refused(million, tmp_path, argu
     code, _, stderr = million(*arguments, "model=tiny-random", out=tmp_path)
     assert code == 2
     assert stderr[-1].startswith(f"million: {message}")
+
+
+def test_a_row_is_labelled_by_its_codebook(million, tmp_path):
+    assert million("train-codebook", *SMALL_JOB, "quantizer.name=pq-mine", out=tmp_path)[0] == 0
+    (file,) = (tmp_path / "codebooks").glob("*.safetensors")
+    task = [choice for choice in SMALL if choice.startswith(("model", "task"))]
+    given = ["eval", *task, *SHORT, "--codebook", str(file)]
+    assert million(*given, out=tmp_path)[0] == 0
+    row = records(read_results(tmp_path / "results.csv"))[-1]
+    assert (row["config.quantizer.name"], row["config.quantizer.keys.nbits"]) == ("pq-mine", "3")
+    code, _, stderr = million(*given, "quantizer=pq-2bit", out=tmp_path)
+    assert code == 2
+    assert stderr[-1].startswith("million: quantizer=pq-2bit: codebook=")
+    assert stderr[-1].endswith("was trained with quantizer=pq-mine")

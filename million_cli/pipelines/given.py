@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
+from operator import attrgetter
 
 from million_cli.errors import UserError
-from million_cli.pipelines.config import JobConfig
+from million_cli.pipelines.config import JobConfig, QuantizerConfig
 from million_cli.recipe import Quantizer
 from million_cli.registry import CACHES, CODECS
 
@@ -59,6 +60,40 @@ def refuse_unread(config: JobConfig, overrides: Sequence[str], sweep: bool = Fal
                     raise UserError(message)
                 logger.warning("not read: %s", message)
                 break
+
+
+def take_from_codebook(config: JobConfig, overrides: Sequence[str]) -> None:
+    """Let the configuration of a job with `codebook` say how that codebook was trained.
+
+    Raises:
+        UserError: an override says something else about it, or the file is not a codebook.
+    """
+    if config.codebook is None or config.quantizer.kind != "pq":
+        return
+    from million_cli.pq import Codebook  # torch
+
+    codebook = Codebook.load(config.codebook)
+    card, head_dim = codebook.meta.recipe, codebook.specs[0].keys.head_dim
+    trained = QuantizerConfig(
+        kind="pq", **{f.name: getattr(card.quantizer, f.name) for f in fields(Quantizer)}
+    )
+    asked = config.quantizer
+    same_codes = asked.bits == trained.bits and asked.spec(head_dim) == trained.spec(head_dim)
+    for key, value in parse(overrides).items():
+        group, _, below = key.partition(".")
+        if group != "quantizer":
+            continue
+        if below:
+            found = attrgetter(below)(trained)
+            agrees = attrgetter(below)(asked) == found or (same_codes and below.endswith((".M", ".dsub")))
+        else:
+            found = trained.name
+            agrees = asked.name == found or replace(asked, name=found) == trained
+        if not agrees:
+            found = "null" if found is None else found
+            raise UserError(f"{key}={value}: codebook={config.codebook} was trained with {key}={found}")
+    config.quantizer, config.sample = trained, card.sample
+    config.train = replace(card.train, encoder=config.train.encoder)
 
 
 def _unread(config: JobConfig, given: dict[str, str]) -> Iterator[tuple[str, str]]:

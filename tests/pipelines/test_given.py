@@ -6,7 +6,9 @@ import pytest
 
 from million_cli.errors import UserError
 from million_cli.hydra_app import compose
-from million_cli.pipelines.given import parse, refuse_unread
+from million_cli.pipelines.given import parse, refuse_unread, take_from_codebook
+from million_cli.pipelines.session import Session
+from million_cli.pipelines.train_codebook import train
 
 
 @pytest.mark.parametrize(
@@ -65,3 +67,49 @@ def test_a_sweep_says_what_its_dense_job_does_not_read(caplog):
 def test_overrides_are_read_as_hydra_reads_them():
     given = parse(["a=1", "+b.c=x=y", "++d='e,f'", "~g", "+task@also.x=passkey"])
     assert given == {"a": "1", "b.c": "x=y", "d": "'e,f'"}
+
+
+@pytest.fixture
+def codebook(job):
+    """A codebook with codes of 3 bits for two dimensions."""
+    return str(train(Session(job("quantizer.name=pq-mine"))))
+
+
+def test_a_row_says_how_its_codebook_was_trained(codebook):
+    config = compose([f"codebook={codebook}", "train.encoder=torch"])
+    assert (config.quantizer.name, config.quantizer.bits) == ("pq-4bit", 4.0)
+    take_from_codebook(config, ["train.encoder=torch"])
+    assert (config.quantizer.name, config.quantizer.kind, config.quantizer.bits) == ("pq-mine", "pq", None)
+    assert config.quantizer.keys.nbits == 3
+    assert config.sample.tokens == 2048
+    assert config.train.iterations == 2
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["quantizer.scope=head"],
+        ["quantizer.bits=null", "quantizer.keys.nbits=3", "quantizer.values.nbits=3"],
+    ],
+)
+def test_what_agrees_with_the_codebook_is_accepted(codebook, overrides):
+    take_from_codebook(compose([f"codebook={codebook}", *overrides]), overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "trained"),
+    [
+        ("quantizer=pq-2bit", "quantizer=pq-mine"),
+        ("quantizer.keys.nbits=8", "quantizer.keys.nbits=3"),
+        ("quantizer.bits=3", "quantizer.bits=null"),
+        ("quantizer.keys.dsub=4", "quantizer.keys.dsub=2"),
+        ("quantizer.scope=merged", "quantizer.scope=head"),
+        ("quantizer.name=pq-4bit", "quantizer.name=pq-mine"),
+    ],
+)
+def test_what_contradicts_the_codebook_is_refused(codebook, override, trained):
+    overrides = [override, *(["quantizer.bits=null"] if "scope" in override else [])]
+    config = compose([f"codebook={codebook}", *overrides])
+    with pytest.raises(UserError) as caught:
+        take_from_codebook(config, [override])
+    assert str(caught.value) == f"{override}: codebook={codebook} was trained with {trained}"
