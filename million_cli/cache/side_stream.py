@@ -18,6 +18,11 @@ class SideStream:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._done: dict[int, tuple[torch.device, torch.cuda.Event]] = {}
 
+    def __reduce__(self) -> tuple[type[SideStream], tuple[()]]:
+        """Streams are not copied: a copy of a cache finds its codes written and starts its own."""
+        self.wait()
+        return SideStream, ()
+
     def run(self, layer: int, work: Callable[[], None], inputs: Sequence[Tensor]) -> None:
         """Launch `work` once everything launched so far is done.
 

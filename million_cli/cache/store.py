@@ -104,6 +104,11 @@ class CodeStore(CodeHooks):
         """Nominal code bits per element, mean of keys and values; window and codebooks are not in it."""
         return fmean(spec.bits_per_element for spec in self.specs)
 
+    @property
+    def quantizers(self) -> list[tuple[LayerPQ, LayerPQ]]:
+        """(keys, values) of each layer, on its device once it was appended to."""
+        return [(state.keys, state.values) for state in self._layers]
+
     def length(self, layer: int = 0) -> int:
         """Tokens a sequence held by a layer."""
         return self._layers[layer].length
@@ -243,6 +248,23 @@ class CodeStore(CodeHooks):
             self.ops.attend, query.squeeze(2), view.device_layer, scale=scale, first_valid=first_valid
         )
         return output.unsqueeze(2)
+
+    @plain_no_grad
+    def restore(self, layer: int, codes: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> None:
+        """Let an empty layer hold codes `[B, Hkv, coded, M]` and, after them, exact vectors `[B, Hkv, E, D]`.
+
+        Keys and values each.  Raises PagePoolExhausted as `append`.
+        """
+        state, coded, like = self._layers[layer], codes[0].shape[2], exact[0]
+        length = coded + like.shape[2]
+        assert not state.length and coded == self.window.coded_length(length), (coded, length)  # noqa: PT018
+        self._reserve(layer, coded, like)
+        self.batch, state.length = like.shape[0], length
+        state.window = ResidualWindow(like, self.window.residual)
+        state.window.write(coded, *exact)
+        state.keys, state.values = state.keys.to(like.device), state.values.to(like.device)
+        if coded:
+            self._write(layer, 0, *codes)
 
     # -- memory ahead of need, and the device's view ---------------------------------------------------------
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from copy import copy, deepcopy
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from functools import partial
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -27,6 +29,7 @@ from million_cli.hf.attention import PQHandle
 from million_cli.hf.compat import reset_dense_layer, tokens_to_remove
 from million_cli.hf.models import fingerprint, full_attention_layers
 from million_cli.hf.padding import LeftPadding
+from million_cli.hf.saved import SavedCache, write_cache
 from million_cli.hf.select import (
     COMPILED,
     Choice,
@@ -39,7 +42,7 @@ from million_cli.hf.select import (
     refuse,
 )
 from million_cli.hf.switch import use_pq_attention
-from million_cli.ops.store_ops import KernelFailed, StoreOps
+from million_cli.ops.store_ops import KernelFailed
 from million_cli.ops.support import KernelQuery, Store
 from million_cli.pq.codebook import Codebook
 from million_cli.spec import WindowSpec
@@ -105,7 +108,7 @@ class PQCache(Cache):
         codebook: Codebook,
         window: WindowSpec | None,
         request: Request,
-        make_store: dict[Store, Callable[[StoreOps | None], CodeStore]],
+        make_store: dict[Store, Callable[..., CodeStore]],
         kernels: Kernels,
     ) -> None:
         config = model if isinstance(model, PreTrainedConfig) else model.config
@@ -197,7 +200,7 @@ class PQCache(Cache):
         self._decided = self._choice = choose(self._request, self._query, self._kernels.support)
         self._record(self._choice.fallbacks)
         ops = self._kernels.make_ops(self._choice.store) if self._choice.compute == "kernel" else None
-        self.store = self._make_store[self._choice.store](ops)
+        self.store = self._make_store[self._choice.store](ops=ops)
         self._padding.forget()
 
     def _fall_back(self, store: Store, compute: Compute, reason: str) -> None:
@@ -306,6 +309,72 @@ class PQCache(Cache):
                 self._record((passed_over,))
         return attend(query, view, scale=scale, mask=mask, softcap=softcap)
 
+    # -- copies and files ------------------------------------------------------------------------------------
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy of the text; the codebook and the kernels are shared."""
+        pairs = [pair for make in self._make_store.values() for pair in make.args[0]]  # type: ignore[attr-defined]
+        held = [pq for state in self.store.quantizers for pq in state]
+        for constant in (self.codebook, self._kernels, *held, *(pq for pair in pairs for pq in pair)):
+            memo[id(constant)] = constant
+        other = memo[id(self)] = self.__class__.__new__(self.__class__)
+        other.__setstate__(deepcopy(self.__getstate__(), memo))
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        store = copy(self.store)
+        store.ops = None  # operations keep what belongs to one cache
+        return {**self.__dict__, "store": store}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._choice.compute == "kernel":
+            self.store.ops = self._kernels.make_ops(self._choice.store)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the text to a file for `load`: codes, window and sliding-window layers, not the codebook.
+
+        Raises:
+            UserError: the cache holds no text, or the file cannot be written.
+        """
+        write_cache(path, self, self.store, self.codebook)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: PreTrainedModel,
+        codebook: Codebook | str | os.PathLike[str],
+        **options: Any,
+    ) -> Self:
+        """A cache that holds the text of a file; any kind of cache reads what any other wrote.
+
+        Args:
+            path: of `save`.
+            model: that read the text, in the same dtype.
+            codebook: that coded it.
+            options: of the class, but for the window, which is the file's.
+
+        Raises:
+            UserError: as the class; no such file, one that is damaged, or another codebook or dtype.
+        """
+        codebook = codebook if isinstance(codebook, Codebook) else Codebook.load(codebook)
+        saved = SavedCache(path, codebook)
+        if saved.dtype != model.dtype:
+            raise UserError(
+                f"{path} holds {saved.dtype}, the model is of {model.dtype}; accepted is the same dtype"
+            )
+        cache = cls(model, codebook, saved.window, **options)
+        try:
+            saved.fill(cache, cache.store, model.device)
+        except PagePoolExhausted as error:
+            cache._without_pages(str(error)).reset()
+            saved.fill(cache, cache.store, model.device)
+        for layer in cache.layers:
+            if isinstance(layer, PQLayer):
+                layer.is_initialized = True
+        return cache
+
     # -- what transformers asks of a cache -------------------------------------------------------------------
 
     def reset(self, release: bool = True) -> None:
@@ -413,8 +482,8 @@ class DynamicPQCache(PQCache):
             window,
             Request(ContiguousStore.name, compute, strict),
             {
-                ContiguousStore.name: lambda ops: ContiguousStore(
-                    layers, window, prefill=prefill, encoder=encoder, ops=ops
+                ContiguousStore.name: partial(
+                    ContiguousStore, layers, window, prefill=prefill, encoder=encoder
                 )
             },
             kernels,
@@ -458,11 +527,11 @@ class PagedPQCache(PQCache):
             window,
             Request(PagedStore.name, compute, strict),
             {
-                PagedStore.name: lambda ops: PagedStore(
-                    layers, window, prefill=prefill, max_pages=max_pages, encoder=encoder, ops=ops
+                PagedStore.name: partial(
+                    PagedStore, layers, window, prefill=prefill, max_pages=max_pages, encoder=encoder
                 ),
-                ContiguousStore.name: lambda ops: ContiguousStore(
-                    layers, window, prefill=prefill, encoder=encoder, ops=ops
+                ContiguousStore.name: partial(
+                    ContiguousStore, layers, window, prefill=prefill, encoder=encoder
                 ),
             },
             kernels,

@@ -145,6 +145,14 @@ class StaticPQCache(PagedPQCache):
             if isinstance(layer, StaticPQLayer):
                 layer.marker = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        self._settle()
+        return {**super().__getstate__(), "_pq_steps": None}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        self._settle()
+        super().save(path)
+
     def memory(self) -> dict[str, int]:
         self._settle()
         return super().memory()

@@ -1,0 +1,146 @@
+"""Caches in files: a prompt that is read once serves many processes.
+
+One safetensors file: for each full-attention layer the codes of keys and values in rows, bit-packed, and the
+exact window; for each sliding-window layer what transformers keeps; a card as JSON.  The codebook is not in
+it, only its hash.
+
+Letters: B batch, Hkv KV heads, T tokens, D head_dim.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from million_cli.cache.store import CodeStore
+from million_cli.errors import UserError
+from million_cli.files import read_safetensors, write_safetensors
+from million_cli.ops.layouts import RowLayout
+from million_cli.pq.codebook import Codebook
+from million_cli.spec import WindowSpec
+
+FORMAT = "million-cache"
+VERSION = 1
+
+
+def write_cache(path: str | os.PathLike[str], cache: Cache, store: CodeStore, codebook: Codebook) -> None:
+    """Write what a cache holds, atomically; bytes are those of codes and window.
+
+    Raises:
+        UserError: a cache that holds no text, or is amid a forward pass.
+    """
+    lengths = {store.length(layer) for layer in range(store.num_layers)}
+    if len(lengths) != 1 or not store.length():
+        raise UserError(
+            f"a cache with {sorted(lengths)} tokens in its layers: accepted is one that holds a text"
+        )
+    tensors: dict[str, Tensor] = {}
+    for layer, spec in enumerate(store.specs):
+        coded = store.coded(layer)
+        for side, codes, exact in zip(
+            ("keys", "values"), store.codes(layer), store.exact(layer), strict=True
+        ):
+            rows = RowLayout(getattr(spec, side), store.window.page_size)
+            tensors[f"{layer}.{side}.codes"] = rows.pack(codes.read(0, coded))
+            tensors[f"{layer}.{side}.exact"] = exact
+    dense = {}
+    for index, layer in _dense(cache):
+        if getattr(layer, "keys", None) is not None:
+            tensors[f"dense.{index}.keys"], tensors[f"dense.{index}.values"] = layer.keys, layer.values
+            dense[index] = layer.get_seq_length()
+    card = {
+        "version": VERSION,
+        "window": asdict(store.window),
+        "length": store.length(),
+        "fingerprint": codebook.meta.fingerprint.to_dict(),
+        "codebook": _digest(codebook),
+        "dense": dense,
+    }
+    write_safetensors(path, tensors, {"format": FORMAT, "card": json.dumps(card, sort_keys=True)})
+
+
+class SavedCache:
+    """A file of `write_cache`, in memory.
+
+    Attributes:
+        window: page size and residual window of the cache.
+        dtype: of its exact vectors.
+
+    Raises:
+        UserError: no such file, another kind of file or version, or one written with another codebook.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], codebook: Codebook) -> None:
+        self._tensors, metadata = read_safetensors(path)
+        if metadata.get("format") != FORMAT:
+            raise UserError(
+                f"{path} is not a cache: format={metadata.get('format')!r}, accepted is {FORMAT!r}"
+            )
+        try:
+            card = json.loads(metadata["card"])
+            if card["version"] != VERSION:
+                raise UserError(f"{path} has format version {card['version']}; accepted is {VERSION}")
+            if card["codebook"] != _digest(codebook):
+                raise UserError(
+                    f"{path} was written with another codebook; its codes mean nothing in this one"
+                )
+            self.window, self._length = WindowSpec(**card["window"]), int(card["length"])
+            self._dense = {int(index): int(length) for index, length in card["dense"].items()}
+            self.dtype = self._tensors["0.keys.exact"].dtype
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise UserError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+        self._path = path
+
+    def fill(self, cache: Cache, store: CodeStore, device: torch.device) -> None:
+        """Put the text into an empty cache and its store.
+
+        Raises:
+            UserError: tensors that are missing or of another shape than the card says.
+            PagePoolExhausted: (paged) no room.
+        """
+        for layer, spec in enumerate(store.specs):
+            codes, exact = [], []
+            for side in ("keys", "values"):
+                rows = RowLayout(getattr(spec, side), store.window.page_size)
+                packed = self._take(f"{layer}.{side}.codes", 2, store.window.coded_length(self._length))
+                codes.append(rows.unpack(packed.to(device)))
+                rest = self._length - store.window.coded_length(self._length)
+                exact.append(self._take(f"{layer}.{side}.exact", 2, rest).to(device))
+            store.restore(layer, (codes[0], codes[1]), (exact[0], exact[1]))
+        for index, layer in _dense(cache):
+            if index in self._dense:
+                keys, values = (self._take(f"dense.{index}.{side}").to(device) for side in ("keys", "values"))
+                layer.lazy_initialization(keys, values)
+                layer.keys, layer.values = keys, values
+                if hasattr(layer, "cumulative_length"):
+                    layer.cumulative_length = self._dense[index]
+
+    def _take(self, name: str, dim: int = 0, size: int | None = None) -> Tensor:
+        tensor = self._tensors.get(name)
+        if tensor is None or tensor.ndim != 4 or (size is not None and tensor.shape[dim] != size):
+            raise UserError(
+                f"{self._path} is damaged: {name} is missing or of another shape than its card says"
+            )
+        return tensor
+
+
+def _dense(cache: Cache) -> list[tuple[int, Any]]:
+    return [(i, layer) for i, layer in enumerate(cache.layers) if hasattr(layer, "sliding_window")]
+
+
+def _digest(codebook: Codebook) -> str:
+    """A hash of what codes mean: centroids and maps back."""
+    digest = hashlib.sha256()
+    for side in (codebook.keys, codebook.values):
+        maps = [] if side.transform is None else [side.transform.encode, side.transform.decode]
+        for tensor in (*side.centroids, *maps):
+            digest.update(repr(tuple(tensor.shape)).encode())
+            digest.update(tensor.detach().cpu().contiguous().float().numpy().tobytes())
+    return digest.hexdigest()
