@@ -139,6 +139,7 @@ TASKS = Registry(
         "perplexity": "million_cli.tasks.perplexity",
         "passkey": "million_cli.tasks.passkey",
         "drift": "million_cli.tasks.drift",
+        "ruler": "million_cli.tasks.ruler",
         "longbench": "million_cli.tasks.longbench",
         "lm_eval": "million_cli.tasks.lm_eval",
     },

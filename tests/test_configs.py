@@ -85,6 +85,7 @@ def test_quantizers_have_the_bits_in_their_names(name, bits, head_dim):
     [
         ("task", "perplexity"),
         ("task", "passkey"),
+        ("task", "ruler"),
         ("task", "lm_eval"),
         ("bench", "speed"),
         ("bench", "kernel"),

@@ -97,10 +97,10 @@ def refuse_calibration_text(session: Session, caches: Caches, text: Text) -> Non
 
 
 def _material(session: Session, task: Any) -> Any:
-    if isinstance(task, TextConfig):
-        return session.text(task)
     load = getattr(TASKS.load(task.name), "load", None)
-    return load(task) if load else None
+    if load is not None:
+        return load(task)
+    return session.text(task) if isinstance(task, TextConfig) else None
 
 
 def _measured(session: Session, caches: Caches, task: Any, text: Any) -> dict[str, Any]:
@@ -122,6 +122,7 @@ def _measured(session: Session, caches: Caches, task: Any, text: Any) -> dict[st
             **cache,
             "task": asdict(task),
             "text": text.sha256 if text is not None else None,
+            "files": getattr(text, "files", None),
             "seed": config.seed,
             **TASKS.source(task.name),
             **code_digest(""),

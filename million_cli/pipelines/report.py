@@ -60,6 +60,9 @@ QUALITY: tuple[Column, ...] = (
     ("drift_first_difference", "differs at", number(".0f")),
     ("recall", "recall %", number(".1f", 100)),
     ("recall_dense", "dense %", number(".1f", 100)),
+    ("ruler_average", "RULER", number(".2f")),
+    ("ruler_average_dense", "dense", number(".2f")),
+    ("ruler_n", "questions", str),
     ("longbench_average", "LongBench", number(".2f")),
     ("longbench_average_dense", "dense", number(".2f")),
     ("longbench_n", "samples", str),
@@ -106,6 +109,8 @@ FILES = (
     "drift_answers_table",
     "passkey_table",
     "passkey_plot",
+    "ruler_table",
+    "ruler_samples_table",
     "longbench_table",
     "longbench_samples_table",
     "lm_eval_table",
@@ -190,10 +195,8 @@ def columns_for(row: Row) -> tuple[Column, ...]:
         return FAILED
     if row.get("tpot_ms"):
         return SPEED
-    judged = any(
-        row.get(column)
-        for column in ("perplexity", "drift_kl_e3", "recall", "longbench_average", "lm_eval_average")
-    )
+    averages = (f"{suite}_average" for suite in ("ruler", "longbench", "lm_eval"))
+    judged = any(row.get(column) for column in ("perplexity", "drift_kl_e3", "recall", *averages))
     return QUALITY if judged else TRAINING
 
 

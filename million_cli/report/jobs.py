@@ -12,7 +12,7 @@ MEASURED = (
     *("top1_agreement", "recall", "recall_dense", "recall_low", "recall_high", "recall_n"),
     *("tokens", "context", "cache_bytes", "dense_bytes", "cache_ratio", "key_error", "value_error"),
 )
-SUITES = {"longbench": "LongBench", "lm_eval": "lm-evaluation-harness"}
+SUITES = {"ruler": "RULER", "longbench": "LongBench", "lm_eval": "lm-evaluation-harness"}
 
 
 def terms(row: Row) -> Row:

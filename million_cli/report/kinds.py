@@ -62,6 +62,7 @@ KINDS: dict[str, Kind] = {
             **QUALITY,
             **TIMES,
             **dict.fromkeys(("tpot_dense_ms", "tpot_p90_dense_ms", "ttft_dense_ms"), POSITIVE),
+            **dict.fromkeys(("ruler_average", "ruler_average_dense"), ANY),
             **dict.fromkeys(("longbench_average", "longbench_average_dense"), ANY),
             **dict.fromkeys(("lm_eval_average", "lm_eval_average_dense"), ANY),
             **dict.fromkeys(("bits_nominal", "duration_s"), COUNT),
@@ -78,6 +79,11 @@ KINDS: dict[str, Kind] = {
     "drift": Kind(
         needs={"first": COUNT, "last": COUNT, "kl_e3": ANY, "perplexity": COUNT, "perplexity_dense": COUNT},
         may={"kl_se_e3": COUNT, "perplexity_change_percent": ANY, "top1_agreement": SHARE, "bits": COUNT},
+    ),
+    "ruler": Kind(
+        texts=("task",),
+        needs={"length": COUNT, "score": (0.0, 100.0), "dense": (0.0, 100.0)},
+        may={**dict.fromkeys(("difference", "difference_low", "difference_high"), ANY), "bits": COUNT},
     ),
     "longbench": Kind(texts=("task",), may=SCORES),
     "lm_eval": Kind(texts=("task",), may=SCORES),
@@ -98,6 +104,7 @@ KINDS: dict[str, Kind] = {
     "largest": Kind(texts=("impl",), needs={"context": POSITIVE}, may=TIMES),
     # To be read, not drawn: answers and kernels one by one, and what figures have drawn already.
     "drift_answers": Kind(),
+    "ruler_samples": Kind(),
     "longbench_samples": Kind(),
     "lm_eval_samples": Kind(),
     "breakdown_kernels": Kind(),

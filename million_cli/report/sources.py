@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("million")
 
 SUITE_COMMAND = "scripts/gpu_suite.sh"
-TABLES = ("passkey", "positions", "drift", "longbench", "lm_eval", "breakdown")
+TABLES = ("passkey", "positions", "drift", "ruler", "longbench", "lm_eval", "breakdown")
 """Kinds of tables that jobs name (in a column `<kind>_table`) and figures draw."""
 
 
@@ -244,7 +244,8 @@ def _e2e(data: Data, rows: list[Row], kind: str) -> None:
 def _suite(data: Data, rows: list[Row], kind: str) -> None:
     """Scores by task of one suite."""
     for row in rows:
-        parts = (row["task"], row.get("metric", "") if kind == "lm_eval" else "", row.get("filter", ""))
+        metric = row.get("metric", "") if kind == "lm_eval" else ""
+        parts = (row["task"], metric, row.get("filter", ""), row.get("length", ""))
         name = " ".join(part for part in parts if part not in ("", "none"))
         data.scores.append({**row, "suite": jobs.SUITES[kind], "task": name})
 
@@ -271,6 +272,7 @@ TAKERS: dict[str, Callable[[Data, list[Row], str], None]] = {
     "passkey": _into("recall"),
     "positions": _into("positions"),
     "drift": _into("positions"),
+    "ruler": _suite,
     "longbench": _suite,
     "lm_eval": _suite,
     "breakdown": _breakdown,

@@ -76,6 +76,11 @@ def write_all(folder: Path) -> None:
         [{"task": "lcc", "category": "code", "score": 30.0, "dense": 40.0, "samples": 3}],
         "longbench",
     )
+    ruler = [
+        {"task": "vt", "length": length, "score": score, "dense": 50.0, "difference": score - 50.0}
+        for length, score in ((1024, 40.0), (4096, 20.0))
+    ]
+    write_table(tables / "ruler-1.csv", ruler, "ruler")
     write_table(
         tables / "lm_eval-1.csv",
         [{"task": "echo", "metric": "exact_match", "filter": "none", "score": 0.5, "dense": 0.75}],
@@ -90,6 +95,9 @@ def write_all(folder: Path) -> None:
     linked = {
         "passkey_table": tables / "passkey-1.csv",
         "positions_table": tables / "positions-1.csv",
+        "ruler_table": tables / "ruler-1.csv",
+        "ruler_average": 30.0,
+        "ruler_average_dense": 50.0,
         "longbench_table": tables / "longbench-1.csv",
         "longbench_samples_table": tables / "samples-1.csv",
         "longbench_average": 30.0,

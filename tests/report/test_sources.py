@@ -33,6 +33,9 @@ def test_a_folder_is_read_whole_and_each_table_once(folder):
     ]
     assert len(data.positions) == 4
     assert {(row["suite"], row["task"], row["score"]) for row in data.scores} == {
+        ("RULER", "average", "30.0"),
+        ("RULER", "vt 1024", "40.0"),
+        ("RULER", "vt 4096", "20.0"),
         ("LongBench", "average", "30.0"),
         ("LongBench", "lcc", "30.0"),
         ("lm-evaluation-harness", "average", "0.5"),
