@@ -6,8 +6,8 @@ A task is a module with a `Config` (its configuration, a dataclass) and a `measu
 
 `caches` makes the cache under test; the task itself makes the dense cache that it compares with.  A task that
 reads more than a text, or none, has `load(config)`; its result, with a `sha256` and, if other files belong
-to it, `files` (name -> SHA-256), replaces the text.  A task with `RESUMABLE = True` also takes `journals`, and
-keeps there the results so far.
+to it, `files` (name -> SHA-256), replaces the text.  A task with `RESUMABLE = True` also takes `journals`,
+and keeps there the results so far.
 """
 
 from __future__ import annotations

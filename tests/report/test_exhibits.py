@@ -79,7 +79,7 @@ def test_recall_is_summed_over_cells_with_wilsons_interval(folder):
 
 def test_scores_are_the_suites_averages_or_the_means_of_a_table(folder):
     found = {exhibit.title: exhibit for exhibit in scores.exhibits(read([folder], "all").scores)}
-    assert list(found) == ["LongBench, tiny", "lm-evaluation-harness, tiny"]
+    assert list(found) == ["RULER, tiny", "LongBench, tiny", "lm-evaluation-harness, tiny"]
     assert found["LongBench, tiny"].table.rows == [["pq-4bit", "4.0", "30.00", "40.00"]]
     rows = [{"task": t, "score": s, "dense": "4", "label": "x"} for t, s in (("a", "1"), ("b", "2"))]
     assert float(scores.average("x", rows)["score"]) == 1.5

@@ -43,7 +43,7 @@ class Page(HTMLParser):
 def test_every_figure_has_its_words_table_and_origin(page):
     found = Page(page.read_text(encoding="utf-8"))
     images = found.all("img")
-    assert len(images) == 11  # 2 of quality, 2 of scores, 3 of speed, one of every other kind
+    assert len(images) == 12  # 2 of quality, 3 of scores, 3 of speed, one of every other kind
     assert all(len(image["alt"]) > 40 for image in images)
     assert len(found.all("figure")) == len(found.all("figcaption")) == len(images)
     sections = found.words["h2"]
@@ -92,7 +92,7 @@ def test_the_page_needs_nothing_else_and_nothing_in_it_is_markup_by_mistake(page
 
 def test_each_figure_is_a_png_beside_the_page_with_its_numbers(page):
     names = {path.stem for path in page.parent.glob("*.png")}
-    assert len(names) == 11
+    assert len(names) == 12
     for name in names:
         data = (page.parent / f"{name}.png").read_bytes()
         assert data.startswith(b"\x89PNG")
@@ -107,9 +107,10 @@ def test_the_numbers_beside_the_page_make_the_same_figures_again(page, folder):
     kept = {
         name
         for name in first
-        if name.split("-")[0] in ("recall", "positions", "longbench", "lm", "breakdown", "speed", "quality")
+        if name.split("-")[0]
+        in ("recall", "positions", "ruler", "longbench", "lm", "breakdown", "speed", "quality")
     }
-    assert len(kept) == 9
+    assert len(kept) == 10
     for name in kept:
         assert again[name].table == first[name].table, name
         assert again[name].origin.commits == first[name].origin.commits

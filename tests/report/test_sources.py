@@ -66,7 +66,7 @@ def test_tables_of_moved_results_are_found(folder, tmp_path, caplog):
     data = read([moved / "results.csv"], "all")
     assert data.recall == []
     assert len(data.quality) == 3
-    assert "5 tables that it names are gone" in caplog.text
+    assert "6 tables that it names are gone" in caplog.text
 
 
 def test_a_table_alone_goes_by_the_name_of_its_file(folder):

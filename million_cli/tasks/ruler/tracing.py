@@ -29,8 +29,8 @@ PREFIX = (
 class Tracing:
     """Writes prompts with one chain of `HOPS` hops, after one answered example.
 
-    The example, with variables of three letters instead of five, takes at most 500 tokens as published, and at
-    most a quarter of the length.
+    The example, with variables of three letters instead of five, takes at most 500 tokens as published, and
+    at most a quarter of the length.
 
     Attributes:
         length: of the prompt and its answer, in tokens.
