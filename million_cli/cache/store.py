@@ -335,14 +335,11 @@ class CodeStore(CodeHooks):
 
     @plain_no_grad
     def crop(self, length: int) -> None:
-        """Keep the oldest `length` tokens of every layer (shorter layers stay).
+        """Keep the oldest `length` tokens of every layer (shorter layers stay); UserError if it is below 0.
 
         Where this cuts below what was coded, the tokens that the closed form now wants exact are decoded back
         into the window, in the model's dtype: what was lost by coding stays lost.  A decoded vector encodes
         to the code it came from, unless rounding it to a half-precision dtype crosses to another centroid.
-
-        Raises:
-            UserError: a negative length.
         """
         if length < 0:
             raise UserError(f"crop({length}): accepted are lengths from 0")
