@@ -8,6 +8,7 @@ Only a kill leaves a temporary file, which the next process that writes into the
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import secrets
@@ -173,7 +174,10 @@ def write_safetensors(
     tensors: Mapping[str, torch.Tensor],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write tensors (any device; made contiguous) and string metadata as one safetensors file, atomically."""
+    """Write tensors (any device; made contiguous) and string metadata as one safetensors file, atomically.
+
+    Equal contents give equal bytes.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -184,11 +188,25 @@ def write_safetensors(
             )
         except SafetensorError as error:  # how safetensors reports a full disk
             raise OSError(str(error)) from error
+        _sort_header(temporary)
         # safetensors makes its files for the owner alone; a codebook is shared like any other result.
         mode = temporary.with_name(f"{temporary.name}.mode")
         mode.touch()
         temporary.chmod(mode.stat().st_mode)
         mode.unlink()
+
+
+def _sort_header(path: Path) -> None:
+    """Order the metadata of a safetensors file, which come in any order: 8 bytes of length, then JSON."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+        assert len(text) <= size, (len(text), size)
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def read_safetensors(

@@ -9,7 +9,6 @@ Letters: B batch, Hkv KV heads, T tokens, D head_dim.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from dataclasses import asdict
@@ -23,7 +22,7 @@ from million_cli.cache.store import CodeStore
 from million_cli.errors import UserError
 from million_cli.files import read_safetensors, write_safetensors
 from million_cli.ops.layouts import RowLayout
-from million_cli.pq.codebook import Codebook
+from million_cli.pq.codebook import Codebook, content_hash
 from million_cli.spec import WindowSpec
 
 FORMAT = "million-cache"
@@ -136,11 +135,13 @@ def _dense(cache: Cache) -> list[tuple[int, Any]]:
 
 
 def _digest(codebook: Codebook) -> str:
-    """A hash of what codes mean: centroids and maps back."""
-    digest = hashlib.sha256()
-    for side in (codebook.keys, codebook.values):
-        maps = [] if side.transform is None else [side.transform.encode, side.transform.decode]
-        for tensor in (*side.centroids, *maps):
-            digest.update(repr(tuple(tensor.shape)).encode())
-            digest.update(tensor.detach().cpu().contiguous().float().numpy().tobytes())
-    return digest.hexdigest()
+    """A hash of what codes mean: centroids and maps."""
+    tensors: dict[str, Tensor] = {}
+    for name, side in (("keys", codebook.keys), ("values", codebook.values)):
+        tensors.update({f"{name}.{i}": centroids for i, centroids in enumerate(side.centroids)})
+        if side.transform is not None:
+            tensors[f"{name}.encode"], tensors[f"{name}.decode"] = (
+                side.transform.encode,
+                side.transform.decode,
+            )
+    return content_hash("", tensors)

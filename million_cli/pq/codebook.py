@@ -6,6 +6,7 @@ One safetensors file: `keys.centroids.<i>` of each layer (of the 0th alone if al
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, field
@@ -22,7 +23,7 @@ from million_cli.recipe import Recipe
 from million_cli.spec import SCOPES, CodeSpec, ModelFingerprint, PQSpec, Scope
 
 FORMAT = "million-codebook"
-FORMAT_VERSION = 3  # 3: the card holds the recipe
+FORMAT_VERSION = 4  # 3: the card holds the recipe; 4: a hash of card and tensors
 SIDES = ("keys", "values")
 
 
@@ -164,10 +165,10 @@ class Codebook:
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the codebook to `path`, atomically.
+        """Write the codebook to `path`, atomically; equal codebooks give equal bytes.
 
         Raises:
-            UserError: the file cannot be written.
+            UserError: NaN or infinity in it, or the file cannot be written.
         """
         tensors: dict[str, Tensor] = {}
         sides: dict[str, dict[str, Any]] = {}
@@ -178,15 +179,20 @@ class Codebook:
                 tensors[f"{name}.encode"] = side.transform.encode.contiguous()
                 tensors[f"{name}.decode"] = side.transform.decode.contiguous()
             sides[name] = {"specs": [asdict(spec) for spec in side.specs], "scope": side.scope}
-        card = {"version": FORMAT_VERSION, **sides, "meta": self.meta.to_dict()}
-        write_safetensors(path, tensors, {"format": FORMAT, "card": json.dumps(card)})
+        for name, tensor in tensors.items():
+            if not bool(tensor.isfinite().all()):
+                raise UserError(f"codebook {path}: {name} holds NaN or infinity; it is not written")
+        card = json.dumps({"version": FORMAT_VERSION, **sides, "meta": self.meta.to_dict()}, sort_keys=True)
+        content = content_hash(card, tensors)
+        write_safetensors(path, tensors, {"format": FORMAT, "card": card, "sha256": content})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Codebook:
         """Read a codebook onto the CPU.
 
         Raises:
-            UserError: the file is missing, no codebook, of another version or does not fit its own card.
+            UserError: the file is missing, no codebook, of another version or does not fit its own card or
+                hash.
         """
         tensors, metadata = read_safetensors(path)
         if metadata.get("format") != FORMAT:
@@ -211,7 +217,18 @@ class Codebook:
         keys, values = (
             _load_side(path, name, tensors, specs[name], scopes[name], meta.fingerprint) for name in SIDES
         )
+        if metadata.get("sha256") != content_hash(metadata["card"], tensors):
+            raise UserError(f"codebook {path} is damaged: its content is not what was saved (SHA-256)")
         return cls(keys, values, meta)
+
+
+def content_hash(card: str, tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of a card and of names, dtypes, shapes and bytes of tensors."""
+    digest = hashlib.sha256(card.encode("utf-8"))
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _load_side(

@@ -128,7 +128,7 @@ def edit_tensors(change):
         (lambda t, m: (t, {}), "is not a codebook: format=None"),
         (lambda t, m: (t, {**m, "card": "{"}), "no readable card"),
         (lambda t, m: (t, {"format": m["format"]}), "no readable card"),
-        (edit_card(lambda c: c.update(version=99)), "format version 99; accepted is 3: train it again"),
+        (edit_card(lambda c: c.update(version=99)), "format version 99; accepted is 4: train it again"),
         (edit_card(lambda c: c["meta"].pop("tokens")), "damaged card"),
         (edit_card(lambda c: c["meta"]["fingerprint"].update(layers=3)), "damaged card"),
         (edit_card(lambda c: c["meta"]["recipe"]["train"].update(trainer="x")), "damaged card: .*trainer=x"),
@@ -187,3 +187,35 @@ def test_a_truncated_codebook_is_refused_in_one_line(codebook, tmp_path):
         with pytest.raises(UserError, match="is not a readable safetensors file") as caught:
             Codebook.load(path)
         assert "\n" not in str(caught.value)
+
+
+def test_equal_codebooks_are_equal_bytes(codebook, tmp_path):
+    files = [tmp_path / f"{i}.safetensors" for i in range(8)]
+    for file in files:
+        codebook.save(file)
+    assert len({file.read_bytes() for file in files}) == 1
+    Codebook.load(files[0]).save(files[1])
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_any_flipped_bit_is_found(codebook, tmp_path):
+    path = tmp_path / "codebook.safetensors"
+    codebook.save(path)
+    content = path.read_bytes()
+    step = max(1, len(content) // 199)
+    for place in range(0, len(content), step):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with pytest.raises(UserError) as error:
+            Codebook.load(path)
+        assert "\n" not in str(error.value)
+
+
+def test_values_that_are_not_finite_are_not_saved(codebook, tmp_path):
+    centroids = codebook.keys.centroids[0].clone()
+    centroids.view(-1)[3] = float("nan")
+    keys = replace(codebook.keys, centroids=(centroids, *codebook.keys.centroids[1:]))
+    with pytest.raises(UserError, match=r"keys\.centroids\.0 holds NaN or infinity"):
+        replace(codebook, keys=keys).save(tmp_path / "codebook.safetensors")
+    assert not list(tmp_path.iterdir())
