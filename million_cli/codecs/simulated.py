@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -26,7 +27,8 @@ from million_cli.hf.models import full_attention_layers
 from million_cli.hf.switch import use_pq_attention
 from million_cli.spec import WindowSpec
 
-_SCORE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}  # scores alive at once
+_ROWS = {"cpu": 256, "cuda": 1024}
+"""Queries of a block: all of it is masked alike, and columns that no query of a block sees are left out."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class SimulatedView:
     """What the N newest tokens of a layer attend to; the counterpart of `cache.view.KVView`.
 
     stored_keys, stored_values: `[B, Hkv, coded, D]`, from storage; keys, values: `[B, Hkv, _, D]`, the exact
-    ones of the tokens boundaries[0] .. length - 1; boundaries: [N], query i sees stored tokens below its own.
+    ones of the tokens boundaries[0] .. length - 1; boundaries: [N] on the CPU, query i sees stored
+    tokens below its own.
     """
 
     stored_keys: Tensor
@@ -53,43 +56,64 @@ class SimulatedView:
 def attend(query: Tensor, view: Any, *, scale: float, mask: Tensor | None, softcap: float | None) -> Tensor:
     """Attention `[B, Hq, N, D]` of the newest tokens over a `SimulatedView`: one softmax over both parts.
 
-    Arguments as in `cache.view.attend`; arithmetic in float32, float64 if the query is.
+    Arguments as in `cache.view.attend`.  The arithmetic is that of torch's scaled dot product attention.
     """
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    B, Hq, N, _ = query.shape
-    keys = torch.cat([view.stored_keys, view.keys], 2).to(dtype)
-    values = torch.cat([view.stored_values, view.values], 2).to(dtype)
-    first = int(view.boundaries[0])
-    tokens = torch.arange(view.length, device=query.device)
-    tokens = torch.cat([tokens[: view.coded], tokens[first:]])  # position of each column
-    is_stored = torch.arange(len(tokens), device=query.device) < view.coded
-    positions = torch.arange(view.length - N, view.length, device=query.device)
-    grouped = query.to(dtype).unflatten(1, (keys.shape[1], -1)) * scale  # [B, Hkv, G, N, D]
+    N, Hkv = query.shape[2], view.keys.shape[1]
+    first, start = int(view.boundaries[0]), view.length - N
 
-    def attend_rows(grouped: Tensor, keys: Tensor, values: Tensor, rows: Tensor) -> Tensor:
-        scores = torch.einsum("bhgnd,bhtd->bhgnt", grouped[..., rows, :], keys)
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        seen = is_stored == (tokens < view.boundaries[rows, None])
+    def attend_rows(
+        q: Tensor, stored_k: Tensor, stored_v: Tensor, k: Tensor, v: Tensor, rows: slice
+    ) -> Tensor:
+        boundaries = view.boundaries[rows, None]
+        stored, exact = int(boundaries[-1]), int(boundaries[0])
+        boundaries = boundaries.to(q.device)
+        end = view.length if mask is not None else start + rows.stop
+        keys = torch.cat([stored_k[:, :, :stored], k[:, :, exact - first : end - first]], 2)
+        values = torch.cat([stored_v[:, :, :stored], v[:, :, exact - first : end - first]], 2)
+        tokens = torch.cat([torch.arange(stored), torch.arange(exact, end)]).to(q.device)
+        is_stored = torch.arange(len(tokens), device=q.device) < stored
+        seen = (is_stored == (tokens < boundaries))[None, None]  # [1, 1, n, columns]
         if mask is None:
-            seen = seen & (tokens <= positions[rows, None])
-        else:
+            seen = seen & (tokens <= torch.arange(start + rows.start, end, device=q.device)[:, None])
+        # A group's heads are rows of one head, so K and V are not repeated.
+        grouped = q.unflatten(1, (Hkv, -1))  # [B, Hkv, G, n, D]
+        bias: Tensor = seen[:, :, None]
+        if mask is not None:
             part = mask[:, :, rows][..., tokens]
-            part = part[:, :, None] if part.shape[1] == 1 else part.unflatten(1, scores.shape[1:3])
+            part = part[:, :, None] if part.shape[1] == 1 else part.unflatten(1, (Hkv, -1))
             if part.dtype == torch.bool:
-                seen = seen & part
+                bias = bias & part
             else:
-                scores = scores + part
-        weights = scores.masked_fill(~seen, torch.finfo(dtype).min).softmax(-1)
-        return torch.einsum("bhgnt,bhtd->bhgnd", weights, values)
+                bias = part.masked_fill(~bias, torch.finfo(part.dtype).min)
+        if bias.dtype == torch.bool:
+            bias = bias | ~bias.any(-1, keepdim=True)  # what sees nothing (padding) stays finite
+        bias = bias.expand(*bias.shape[:2], *grouped.shape[2:4], -1).flatten(2, 3)
+        if softcap is None:
+            output = F.scaled_dot_product_attention(grouped.flatten(2, 3), keys, values, bias, scale=scale)
+        else:
+            output = _softcapped(grouped.flatten(2, 3), keys, values, bias, scale, softcap)
+        return output.view_as(grouped).flatten(1, 2)
 
-    most = _SCORE_ELEMENTS.get(query.device.type, 1 << 22)
-    blocks = torch.arange(N, device=query.device).split(max(1, most // (B * Hq * len(tokens))))
-    if torch.is_grad_enabled():  # scores are computed again for the backward pass, not kept
-        outputs = [checkpoint(attend_rows, grouped, keys, values, b, use_reentrant=False) for b in blocks]
-    else:
-        outputs = [attend_rows(grouped, keys, values, rows) for rows in blocks]
-    return torch.cat(outputs, 3).flatten(1, 2).to(query.dtype)
+    outputs = []
+    size = _ROWS.get(query.device.type, 256)
+    for rows in (slice(i, min(i + size, N)) for i in range(0, N, size)):
+        parts = (query[:, :, rows], view.stored_keys, view.stored_values, view.keys, view.values, rows)
+        if torch.is_grad_enabled():  # scores are computed again for the backward pass, not kept
+            outputs.append(checkpoint(attend_rows, *parts, use_reentrant=False))
+        else:
+            outputs.append(attend_rows(*parts))
+    return torch.cat(outputs, 2)
+
+
+def _softcapped(
+    q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float, softcap: float
+) -> Tensor:
+    """Attention with scores softcap * tanh(scores / softcap), which torch's has not: `[B, Hkv, G n, D]`."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    scores = softcap * torch.tanh(q.to(dtype) @ keys.to(dtype).mT * (scale / softcap))
+    seen = bias.dtype == torch.bool
+    scores = scores.masked_fill(~bias, torch.finfo(dtype).min) if seen else scores + bias
+    return (scores.softmax(-1) @ values.to(dtype)).to(q.dtype)
 
 
 class SimulatedLayer(CacheLayerMixin):
@@ -133,7 +157,7 @@ class SimulatedLayer(CacheLayerMixin):
             stored_v[:, :, :seen],
             k[:, :, skipped:],
             v[:, :, skipped:],
-            torch.tensor(boundaries, device=k.device),
+            torch.tensor(boundaries),
             end,
         )
         self._parts = [stored_k, stored_v, k[:, :, new:], v[:, :, new:]]
