@@ -228,7 +228,10 @@ class CodeStore(CodeHooks):
             else:
                 work()
             return
-        key_codes, value_codes = (encode(k, state.keys, self.encoder), encode(v, state.values, self.encoder))
+        key_codes, value_codes = (
+            encode(k, state.keys, self.encoder, start),
+            encode(v, state.values, self.encoder),
+        )
         self._write(layer, start, key_codes, value_codes)
 
     @plain_no_grad
@@ -354,7 +357,7 @@ class CodeStore(CodeHooks):
                 dtype = state.window.keys.dtype
                 state.window.write(
                     coded_after,
-                    decode(keys.read(coded_after, stop), state.keys, dtype),
+                    decode(keys.read(coded_after, stop), state.keys, dtype, start=coded_after),
                     decode(values.read(coded_after, stop), state.values, dtype),
                 )
             state.length = new

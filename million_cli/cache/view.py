@@ -10,9 +10,11 @@ from typing import Literal
 from torch import Tensor
 
 from million_cli.ops.codes import CodeReader
+from million_cli.ops.masked import masked_attention
 from million_cli.ops.reference import attention
 from million_cli.ops.store_ops import DeviceLayer
 from million_cli.pq.codebook import LayerPQ
+from million_cli.pq.codec import decode
 from million_cli.spec import WindowSpec
 
 Prefill = Literal["exact", "quantized"]
@@ -80,6 +82,9 @@ def attend(
 ) -> Tensor:
     """Attention of the N newest tokens over a view; see `ops.reference.attention` for the definition.
 
+    One query scores codes by a lookup table.  For several, keys and values are decoded once, in the query's
+    dtype, and attended to by `masked_attention`.
+
     Args:
         query: `[B, Hq, N, D]`, N == view.num_queries, Hq a multiple of Hkv.
         scale: factor on the scores.
@@ -92,6 +97,22 @@ def attend(
         `[B, Hq, N, D]` in the query's dtype.
     """
     assert query.shape[2] == view.num_queries, (query.shape, view.num_queries)
+    if view.num_queries > 1:
+        coded, dtype = view.coded, query.dtype
+        stored = (
+            decode(view.key_codes.read(0, coded), view.pq_keys, dtype),
+            decode(view.value_codes.read(0, coded), view.pq_values, dtype),
+        )
+        return masked_attention(
+            query,
+            stored,
+            (view.keys, view.values),
+            boundaries=view.boundaries,
+            scale=scale,
+            mask=mask,
+            softcap=softcap,
+            first_valid=first_valid,
+        )
     return attention(
         query,
         view.key_codes,

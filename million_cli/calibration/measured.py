@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -88,7 +89,8 @@ class _Coder:
     bits = 16.0
 
     def __init__(self, side: str, pq: LayerPQ) -> None:
-        self._side, self._pq = side, pq
+        self._side, self._plain = side, replace(pq, rebase=None)
+        self.rebase = pq.rebase if side == "keys" else None
 
     def keys(self, pages: Tensor) -> Tensor:
         return self._coded(pages) if self._side == "keys" else pages
@@ -97,5 +99,5 @@ class _Coder:
         return self._coded(pages) if self._side == "values" else pages
 
     def _coded(self, pages: Tensor) -> Tensor:
-        x = pages.flatten(2, 3)  # [B, Hkv, T, D]
-        return decode(encode(x, self._pq), self._pq, x.dtype).view_as(pages)
+        x = pages.flatten(2, 3)  # [B, Hkv, T, D], keys relative to the origin of their block already
+        return decode(encode(x, self._plain), self._plain, x.dtype).view_as(pages)

@@ -64,6 +64,9 @@ class Codec(Protocol):
     """A way to store K and V.
 
     bits: of a stored element, mean of keys and values, with all that is stored beside codes.
+
+    A codec with an attribute `rebase`, a `pq.rebase.Rebase`, is given keys relative to the origin of their
+    block, and what it returns is brought back: with blocks of one token, these are keys before RoPE.
     """
 
     @property

@@ -28,7 +28,9 @@ class DistortLayer(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         """Append `[B, Hkv, N, D]`, coded and decoded, and return all of K and V."""
         self._keys, self._values = self._keys.to(key_states.device), self._values.to(key_states.device)
-        keys = decode(encode(key_states, self._keys), self._keys, key_states.dtype)
+        start = self.get_seq_length()
+        codes = encode(key_states, self._keys, start=start)
+        keys = decode(codes, self._keys, key_states.dtype, start=start)
         values = decode(encode(value_states, self._values), self._values, value_states.dtype)
         return super().update(keys, values, *args, **kwargs)
 

@@ -13,9 +13,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
@@ -25,10 +23,9 @@ from million_cli.hf.attention import PQHandle
 from million_cli.hf.compat import reset_dense_layer
 from million_cli.hf.models import full_attention_layers
 from million_cli.hf.switch import use_pq_attention
+from million_cli.ops.masked import masked_attention
+from million_cli.pq.rebase import Rebase
 from million_cli.spec import WindowSpec
-
-_ROWS = {"cpu": 256, "cuda": 1024}
-"""Queries of a block: all of it is masked alike, and columns that no query of a block sees are left out."""
 
 
 @dataclass(frozen=True)
@@ -36,15 +33,15 @@ class SimulatedView:
     """What the N newest tokens of a layer attend to; the counterpart of `cache.view.KVView`.
 
     stored_keys, stored_values: `[B, Hkv, coded, D]`, from storage; keys, values: `[B, Hkv, _, D]`, the exact
-    ones of the tokens boundaries[0] .. length - 1; boundaries: [N] on the CPU, query i sees stored
-    tokens below its own.
+    ones of the tokens boundaries[0] .. length - 1; boundaries: N counts, query i sees stored tokens
+    below its own.
     """
 
     stored_keys: Tensor
     stored_values: Tensor
     keys: Tensor
     values: Tensor
-    boundaries: Tensor
+    boundaries: Sequence[int]
     length: int
     device_layer: None = None  # no kernel reads it
 
@@ -54,66 +51,16 @@ class SimulatedView:
 
 
 def attend(query: Tensor, view: Any, *, scale: float, mask: Tensor | None, softcap: float | None) -> Tensor:
-    """Attention `[B, Hq, N, D]` of the newest tokens over a `SimulatedView`: one softmax over both parts.
-
-    Arguments as in `cache.view.attend`.  The arithmetic is that of torch's scaled dot product attention.
-    """
-    N, Hkv = query.shape[2], view.keys.shape[1]
-    first, start = int(view.boundaries[0]), view.length - N
-
-    def attend_rows(
-        q: Tensor, stored_k: Tensor, stored_v: Tensor, k: Tensor, v: Tensor, rows: slice
-    ) -> Tensor:
-        boundaries = view.boundaries[rows, None]
-        stored, exact = int(boundaries[-1]), int(boundaries[0])
-        boundaries = boundaries.to(q.device)
-        end = view.length if mask is not None else start + rows.stop
-        keys = torch.cat([stored_k[:, :, :stored], k[:, :, exact - first : end - first]], 2)
-        values = torch.cat([stored_v[:, :, :stored], v[:, :, exact - first : end - first]], 2)
-        tokens = torch.cat([torch.arange(stored), torch.arange(exact, end)]).to(q.device)
-        is_stored = torch.arange(len(tokens), device=q.device) < stored
-        seen = (is_stored == (tokens < boundaries))[None, None]  # [1, 1, n, columns]
-        if mask is None:
-            seen = seen & (tokens <= torch.arange(start + rows.start, end, device=q.device)[:, None])
-        # A group's heads are rows of one head, so K and V are not repeated.
-        grouped = q.unflatten(1, (Hkv, -1))  # [B, Hkv, G, n, D]
-        bias: Tensor = seen[:, :, None]
-        if mask is not None:
-            part = mask[:, :, rows][..., tokens]
-            part = part[:, :, None] if part.shape[1] == 1 else part.unflatten(1, (Hkv, -1))
-            if part.dtype == torch.bool:
-                bias = bias & part
-            else:
-                bias = part.masked_fill(~bias, torch.finfo(part.dtype).min)
-        if bias.dtype == torch.bool:
-            bias = bias | ~bias.any(-1, keepdim=True)  # what sees nothing (padding) stays finite
-        bias = bias.expand(*bias.shape[:2], *grouped.shape[2:4], -1).flatten(2, 3)
-        if softcap is None:
-            output = F.scaled_dot_product_attention(grouped.flatten(2, 3), keys, values, bias, scale=scale)
-        else:
-            output = _softcapped(grouped.flatten(2, 3), keys, values, bias, scale, softcap)
-        return output.view_as(grouped).flatten(1, 2)
-
-    outputs = []
-    size = _ROWS.get(query.device.type, 256)
-    for rows in (slice(i, min(i + size, N)) for i in range(0, N, size)):
-        parts = (query[:, :, rows], view.stored_keys, view.stored_values, view.keys, view.values, rows)
-        if torch.is_grad_enabled():  # scores are computed again for the backward pass, not kept
-            outputs.append(checkpoint(attend_rows, *parts, use_reentrant=False))
-        else:
-            outputs.append(attend_rows(*parts))
-    return torch.cat(outputs, 2)
-
-
-def _softcapped(
-    q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float, softcap: float
-) -> Tensor:
-    """Attention with scores softcap * tanh(scores / softcap), which torch's has not: `[B, Hkv, G n, D]`."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    scores = softcap * torch.tanh(q.to(dtype) @ keys.to(dtype).mT * (scale / softcap))
-    seen = bias.dtype == torch.bool
-    scores = scores.masked_fill(~bias, torch.finfo(dtype).min) if seen else scores + bias
-    return (scores.softmax(-1) @ values.to(dtype)).to(q.dtype)
+    """Attention `[B, Hq, N, D]` of the newest tokens over a `SimulatedView`."""
+    return masked_attention(
+        query,
+        (view.stored_keys, view.stored_values),
+        (view.keys, view.values),
+        boundaries=view.boundaries,
+        scale=scale,
+        mask=mask,
+        softcap=softcap,
+    )
 
 
 class SimulatedLayer(CacheLayerMixin):
@@ -145,7 +92,7 @@ class SimulatedLayer(CacheLayerMixin):
         end = start + key_states.shape[2]
         new = self._window.coded_length(end) - coded
         if new:
-            stored_k = torch.cat([stored_k, self._through(self._codec.keys, k[:, :, :new])], 2)
+            stored_k = torch.cat([stored_k, self._coded_keys(k[:, :, :new], coded)], 2)
             stored_v = torch.cat([stored_v, self._through(self._codec.values, v[:, :, :new])], 2)
         if self._exact_prefill and end - start > 1:
             boundaries = [coded] * (end - start)
@@ -157,12 +104,18 @@ class SimulatedLayer(CacheLayerMixin):
             stored_v[:, :, :seen],
             k[:, :, skipped:],
             v[:, :, skipped:],
-            torch.tensor(boundaries),
+            boundaries,
             end,
         )
         self._parts = [stored_k, stored_v, k[:, :, new:], v[:, :, new:]]
         handle = PQHandle(view, attend)  # type: ignore[arg-type]  # it reads what both views have
         return handle, handle
+
+    def _coded_keys(self, keys: Tensor, start: int) -> Tensor:
+        rebase: Rebase | None = getattr(self._codec, "rebase", None)
+        if rebase is None:
+            return self._through(self._codec.keys, keys)
+        return rebase.absolute(self._through(self._codec.keys, rebase.relative(keys, start)), start)
 
     def _through(self, codec: Any, x: Tensor) -> Tensor:
         stored: Tensor = codec(x.unflatten(2, (-1, self._window.page_size)))

@@ -91,22 +91,27 @@ def attention(
 
     span = _span(B * Hkv * D, q.device)
     coded_length = boundaries[-1]
-    q_coded = q
-    if pq_keys.transform is not None:
-        q_coded = pq_keys.transform.query(q.flatten(2, 3)).unflatten(2, q.shape[2:4])
-    table = _lookup_table(q_coded, pq_keys) if coded_length and N == 1 else None
-    for start in range(0, coded_length, span):
+    start, block, rebase = 0, -1, pq_keys.rebase
+    while start < coded_length:
         stop = min(start + span, coded_length)
+        if rebase is not None:
+            stop = min(stop, (start // rebase.every + 1) * rebase.every)
+        if block != (start // rebase.every if rebase else 0):  # another origin, another query
+            block = start // rebase.every if rebase else 0
+            q_coded = _query_for_codes(q, pq_keys, block)
+            table = _lookup_table(q_coded, pq_keys) if N == 1 else None
         codes = key_codes.read(start, stop)
         values = decode(value_codes.read(start, stop), pq_values, dtype, mapped=True)
         if table is not None:
             add(slice(0, 1), _lookup(table, codes), values, start, True)
+            start = stop
             continue
         keys = decode(codes, pq_keys, dtype, mapped=True)
         for rows in _row_blocks(N, B * Hq * (stop - start), q.device):
             seen = slice(0, min(stop, boundaries[rows.stop - 1]) - start)
             if seen.stop > 0:
                 add(rows, _product(q_coded[..., rows, :], keys[:, :, seen]), values[:, :, seen], start, True)
+        start = stop
     if pq_values.transform is not None:
         softmax.output = pq_values.transform.undo(softmax.output.flatten(2, 3)).view_as(q)
 
@@ -121,6 +126,15 @@ def attention(
                 seen = slice(first - start, last - start)
                 add(rows, _product(q[..., rows, :], keys[:, :, seen]), values[:, :, seen], first, False)
     return softmax.result().flatten(1, 2).to(query.dtype)
+
+
+def _query_for_codes(q: Tensor, pq: LayerPQ, block: int) -> Tensor:
+    """Queries `[B, Hkv, G, N, D]` whose products with the coded keys of a block are the scores."""
+    if pq.rebase is not None:
+        q = pq.rebase.query(q, block)
+    if pq.transform is not None:
+        q = pq.transform.query(q.flatten(2, 3)).unflatten(2, q.shape[2:4])
+    return q
 
 
 class _OnlineSoftmax:

@@ -1,7 +1,8 @@
 """The codebook: centroids and transforms of a model's keys and values, with a card that tells their origin.
 
 One safetensors file: `keys.centroids.<i>` of each layer (of the 0th alone if all layers share them),
-`keys.encode` and `keys.decode`, the same for `values`, float32; the card as JSON.
+`keys.encode` and `keys.decode`, the same for `values`, float32; `keys.frequencies`, float64, where keys are
+coded relative to the origin of their block (see `pq.rebase`); the card as JSON.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from torch import Tensor
 
 from million_cli.errors import UserError
 from million_cli.files import read_safetensors, write_safetensors
+from million_cli.pq.rebase import LAYOUTS, Rebase
 from million_cli.pq.transform import Transform, transform_dtype
 from million_cli.recipe import Recipe
 from million_cli.spec import SCOPES, CodeSpec, ModelFingerprint, PQSpec, Scope
 
 FORMAT = "million-codebook"
-FORMAT_VERSION = 4  # 3: the card holds the recipe; 4: a hash of card and tensors
+FORMAT_VERSION = 5  # 4: a hash of card and tensors; 5: keys relative to the origin of their block
 SIDES = ("keys", "values")
 
 
@@ -31,12 +33,14 @@ SIDES = ("keys", "values")
 class LayerPQ:
     """What codes of one side of one layer mean.
 
-    centroids: [Hc, M, C, dsub]; transform: maps [Ht, D, D] or None; Hc and Ht in {1, Hkv}.
+    centroids: [Hc, M, C, dsub]; transform: maps [Ht, D, D] or None; Hc and Ht in {1, Hkv}; rebase: brings
+    keys to the origin of their block before all else, or None.
     """
 
     spec: CodeSpec
     centroids: Tensor
     transform: Transform | None = None
+    rebase: Rebase | None = None
 
     def __post_init__(self) -> None:
         spec = self.spec
@@ -46,7 +50,7 @@ class LayerPQ:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LayerPQ:
         """Moved to `device`, centroids in `dtype`, the transform as `Transform.to` says."""
         transform = self.transform and self.transform.to(device, dtype or self.centroids.dtype)
-        return LayerPQ(self.spec, self.centroids.to(device=device, dtype=dtype), transform)
+        return LayerPQ(self.spec, self.centroids.to(device=device, dtype=dtype), transform, self.rebase)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,12 +60,14 @@ class ProductQuantizer:
     specs: the codes of each layer; layers may differ in M and nbits unless the scope is merged.
     centroids: float32 [Hc, M, C, dsub] of each layer, or once for all (merged); Hc is 1 unless scope is head.
     transform: float32 maps [Lt, Ht, D, D] or None, Lt in {1, L}, Ht in {1, Hkv}.
+    rebases: of each layer, see `LayerPQ`; empty if no layer has one.
     """
 
     specs: tuple[CodeSpec, ...]
     scope: Scope
     centroids: tuple[Tensor, ...]
     transform: Transform | None = None
+    rebases: tuple[Rebase | None, ...] = ()
 
     def __post_init__(self) -> None:
         merged = self.scope == "merged"
@@ -72,11 +78,13 @@ class ProductQuantizer:
             assert centroids.shape[0] == 1 or self.scope == "head", centroids.shape
         D = self.specs[0].head_dim
         assert self.transform is None or self.transform.encode.shape[2:] == (D, D)
+        assert len(self.rebases) in (0, len(self.specs)), len(self.rebases)
 
     def layer(self, i: int) -> LayerPQ:
         """The quantizer of the i-th layer of the codebook (its position, not the model's layer index)."""
         centroids = self.centroids[i if len(self.centroids) > 1 else 0]
-        return LayerPQ(self.specs[i], centroids, self.transform and self.transform.layer(i))
+        rebase = self.rebases[i] if self.rebases else None
+        return LayerPQ(self.specs[i], centroids, self.transform and self.transform.layer(i), rebase)
 
     def size_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the centroids in `dtype` and of the transforms in the dtype `LayerPQ.to` gives them."""
@@ -97,6 +105,8 @@ class CodebookMeta:
     euclidean, its weighting is none and it has no budget of bits;
     key_error, value_error: [L][Hkv] mean squared error over variance;
     key_predicted_kl, value_predicted_kl: [L][Hkv], see `train.TrainedSide`; empty without Fisher information;
+    positions: how many positions the codes were made for, counted from the start of the text; None: any, as
+    keys are coded relative to the origin of their block;
     command, commit: what made it, where that is known.
     """
 
@@ -110,6 +120,7 @@ class CodebookMeta:
     recipe: Recipe
     key_error: list[list[float]]
     value_error: list[list[float]]
+    positions: int | None = None
     key_predicted_kl: list[list[float]] = field(default_factory=list)
     value_predicted_kl: list[list[float]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
@@ -179,6 +190,8 @@ class Codebook:
                 tensors[f"{name}.encode"] = side.transform.encode.contiguous()
                 tensors[f"{name}.decode"] = side.transform.decode.contiguous()
             sides[name] = {"specs": [asdict(spec) for spec in side.specs], "scope": side.scope}
+            if any(side.rebases):
+                sides[name]["rebases"], tensors[f"{name}.frequencies"] = _rebases_to_card(side.rebases)
         for name, tensor in tensors.items():
             if not bool(tensor.isfinite().all()):
                 raise UserError(f"codebook {path}: {name} holds NaN or infinity; it is not written")
@@ -215,7 +228,10 @@ class Codebook:
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"codebook {path} has a damaged card: {_one_line(error)}") from error
         keys, values = (
-            _load_side(path, name, tensors, specs[name], scopes[name], meta.fingerprint) for name in SIDES
+            _load_side(
+                path, name, tensors, specs[name], scopes[name], card[name].get("rebases"), meta.fingerprint
+            )
+            for name in SIDES
         )
         if metadata.get("sha256") != content_hash(metadata["card"], tensors):
             raise UserError(f"codebook {path} is damaged: its content is not what was saved (SHA-256)")
@@ -237,6 +253,7 @@ def _load_side(
     tensors: dict[str, Tensor],
     specs: tuple[CodeSpec, ...],
     scope: Scope,
+    rebases_card: Any,
     fingerprint: ModelFingerprint,
 ) -> ProductQuantizer:
     def damaged(what: str) -> UserError:
@@ -267,8 +284,16 @@ def _load_side(
         expected = (Hkv if scope == "head" else 1, spec.M, spec.C, spec.dsub)
         if tuple(tensor.shape) != expected:
             raise damaged(f"{label} have shape {list(tensor.shape)}, expected {list(expected)}")
+    rebases: tuple[Rebase | None, ...] = ()
+    if rebases_card is not None:
+        try:
+            rebases = _rebases_from_card(rebases_card, tensors[f"{name}.frequencies"], D)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise damaged(f"rebases: {_one_line(error)}") from error
+        if len(rebases) != L:
+            raise damaged(f"rebases of {len(rebases)} layers, but the model has {L}")
     if not maps:
-        return ProductQuantizer(specs, scope, centroids)
+        return ProductQuantizer(specs, scope, centroids, rebases=rebases)
     if len(maps) == 1:
         raise damaged(f"{next(iter(maps))} is there without its inverse")
     for label, tensor in maps.items():
@@ -277,7 +302,40 @@ def _load_side(
             raise damaged(f"{label} has shape {list(shape)}, expected [1 or {L}, 1 or {Hkv}, {D}, {D}]")
     if maps["encode"].shape != maps["decode"].shape:
         raise damaged("encode and decode differ in shape")
-    return ProductQuantizer(specs, scope, centroids, Transform(**maps))
+    return ProductQuantizer(specs, scope, centroids, Transform(**maps), rebases)
+
+
+def _rebases_to_card(rebases: tuple[Rebase | None, ...]) -> tuple[list[Any], Tensor]:
+    """For each layer None or [tokens a block, layout, row of the tensor]; layers share equal rows."""
+    rows: list[Tensor] = []
+    card: list[Any] = []
+    for rebase in rebases:
+        if rebase is None:
+            card.append(None)
+            continue
+        at = next((i for i, row in enumerate(rows) if torch.equal(row, rebase.frequencies)), len(rows))
+        if at == len(rows):
+            rows.append(rebase.frequencies)
+        card.append([rebase.every, rebase.layout, at])
+    return card, torch.stack(rows)
+
+
+def _rebases_from_card(card: list[Any], frequencies: Tensor, head_dim: int) -> tuple[Rebase | None, ...]:
+    """The inverse of `_rebases_to_card`; ValueError, TypeError or IndexError where it cannot be."""
+    if frequencies.dtype != torch.float64 or not bool(frequencies.isfinite().all()):
+        raise ValueError("frequencies are not finite float64 numbers")
+    if not 0 < 2 * frequencies.shape[1] <= head_dim:
+        raise ValueError(f"{frequencies.shape[1]} frequencies for head_dim={head_dim}")
+    rebases: list[Rebase | None] = []
+    for entry in card:
+        if entry is None:
+            rebases.append(None)
+            continue
+        every, layout, row = entry
+        if every < 1 or layout not in LAYOUTS or row < 0:
+            raise ValueError(f"{entry}")
+        rebases.append(Rebase(int(every), frequencies[row], layout))
+    return tuple(rebases)
 
 
 def _one_line(error: Exception) -> str:

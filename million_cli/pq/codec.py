@@ -26,15 +26,18 @@ from million_cli.recipe import ENCODERS
 _SLICE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
 
 
-def encode(x: Tensor, pq: LayerPQ, encoder: str = "torch") -> Tensor:
+def encode(x: Tensor, pq: LayerPQ, encoder: str = "torch", start: int = 0) -> Tensor:
     """Nearest centroids of x [B, Hkv, T, D] (any float dtype) -> codes [B, Hkv, T, M], uint8 or uint16.
 
-    x is mapped first if the quantizer has a transform.  Working memory is bounded whatever T is.
+    x are the tokens start, start + 1, ...: first they are brought to the origin of their block, then mapped,
+    if the quantizer has a rebase and a transform.  Working memory is bounded whatever T is.
 
     Raises:
         UserError: an unknown encoder, or one that this machine lacks.
     """
     nearest = find_encoder(encoder)
+    if pq.rebase is not None:
+        x = pq.rebase.relative(x, start)
     B, H, T, D = x.shape
     spec, centroids = pq.spec, pq.centroids
     assert spec.head_dim == D, (x.shape, spec)
@@ -43,8 +46,8 @@ def encode(x: Tensor, pq: LayerPQ, encoder: str = "torch") -> Tensor:
     centroids = centroids.to(dtype).flatten(0, 1)  # [Hc * M, C, dsub]
     codes = torch.empty(B, H, T, spec.M, dtype=code_dtype(spec.nbits), device=x.device)
     step = max(1, _slice_elements(x.device) // (B * H * D))
-    for start in range(0, T, step):
-        part = x[:, :, start : start + step].to(dtype)
+    for first in range(0, T, step):
+        part = x[:, :, first : first + step].to(dtype)
         if pq.transform is not None:
             part = pq.transform.apply(part)
         t = part.shape[2]
@@ -55,29 +58,30 @@ def encode(x: Tensor, pq: LayerPQ, encoder: str = "torch") -> Tensor:
         else:
             found = nearest(points.permute(1, 3, 0, 2, 4).reshape(H * spec.M, B * t, spec.dsub), centroids)
             found = found.view(H, spec.M, B, t).permute(2, 0, 3, 1)
-        codes[:, :, start : start + step] = found.to(codes.dtype)
+        codes[:, :, first : first + step] = found.to(codes.dtype)
     return codes
 
 
-def decode(codes: Tensor, pq: LayerPQ, dtype: torch.dtype, mapped: bool = False) -> Tensor:
+def decode(codes: Tensor, pq: LayerPQ, dtype: torch.dtype, mapped: bool = False, start: int = 0) -> Tensor:
     """Centroids of codes [B, Hkv, T, M] -> [B, Hkv, T, D] in `dtype`.
 
-    With `mapped` the result stays as it was coded (see `Transform`); otherwise the transform is undone (in
-    float32, float64 for float64).  Without a transform both are the same.
+    With `mapped` the result stays as it was coded (see `Transform` and `Rebase`); otherwise transform and
+    rebase are undone (in float32, float64 for float64), for the tokens start, start + 1, ...
     """
     B, H, T, M = codes.shape
     spec, (Hc, _, C, dsub) = pq.spec, pq.centroids.shape
     assert spec.M == M, (codes.shape, spec)
     assert Hc in (1, H), (codes.shape, pq.centroids.shape)
-    transform = None if mapped else pq.transform
-    table_dtype = torch.promote_types(dtype, torch.float32) if transform else dtype
+    transform, rebase = (None, None) if mapped else (pq.transform, pq.rebase)
+    table_dtype = torch.promote_types(dtype, torch.float32) if transform or rebase else dtype
     table = pq.centroids.to(table_dtype).reshape(Hc * M * C, dsub)
     first_row = (torch.arange(Hc * M, dtype=torch.int32, device=codes.device) * C).view(Hc, 1, M)
     out = torch.empty(B, H, T, spec.head_dim, dtype=dtype, device=codes.device)
     step = max(1, _slice_elements(codes.device) // (B * H * spec.head_dim))
-    for start in range(0, T, step):
-        part = F.embedding(codes[:, :, start : start + step].to(torch.int32) + first_row, table).flatten(-2)
-        out[:, :, start : start + step] = transform.undo(part) if transform else part
+    for first in range(0, T, step):
+        part = F.embedding(codes[:, :, first : first + step].to(torch.int32) + first_row, table).flatten(-2)
+        part = transform.undo(part) if transform else part
+        out[:, :, first : first + step] = rebase.absolute(part, start + first) if rebase else part
     return out
 
 

@@ -11,14 +11,15 @@ Letters: B batch, H heads, T tokens, D head_dim, n rotated pairs of dimensions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 Layout = Literal["halves", "neighbours"]
 """Pairs of dimensions (i, i + n) or (2 i, 2 i + 1); dimensions from 2 n on are not rotated."""
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,8 +89,3 @@ def turn_by(x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
         a, b = turned[..., ::2], turned[..., 1::2]
         turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
     return torch.cat([turned.to(x.dtype), rest], -1)
-
-
-def with_frequencies(rebase: Rebase | None, frequencies: Tensor) -> Rebase | None:
-    """The same blocks for a model whose rotary embedding turns at other frequencies, float64 [n]."""
-    return rebase and replace(rebase, frequencies=frequencies)
