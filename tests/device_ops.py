@@ -26,9 +26,10 @@ class DeviceOps(TorchOps):
         due = coded > _coded(lengths - 1, P, R)
         page = (coded // P - 1).clamp(min=0)
         slots = (page[:, None] * P + torch.arange(P)) % R
-        for window, pq, stored, layout in zip(
+        for window, pq, mapped, stored, layout in zip(
             (layer.key_window, layer.value_window),
             (layer.pq_keys, layer.pq_values),
+            (layer.key_map, None),
             self._codes(layer),
             self._layouts_of(layer),
             strict=True,
@@ -36,6 +37,8 @@ class DeviceOps(TorchOps):
             tokens = window.gather(
                 2, slots[:, None, :, None].expand(-1, window.shape[1], -1, window.shape[3])
             )
+            if mapped is not None:  # as a kernel does: one map, whatever the position
+                tokens, pq = tokens @ mapped.to(tokens.dtype), LayerPQ(pq.spec, pq.centroids)
             new = layout.pack(encode(tokens, pq))  # [B, Hkv, *page_shape]
             if layer.block_table is not None:
                 at = layer.block_table.long().gather(1, page[:, None])[:, 0]

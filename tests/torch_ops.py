@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -98,6 +99,8 @@ class TorchOps:
 
     def _encode(self, layer: DeviceLayer, keys: Tensor, values: Tensor, start: int) -> None:
         P = layer.page_size
+        if layer.pq_keys.rebase is not None:
+            keys = layer.pq_keys.rebase.relative(keys, start)
         for x, pq, stored, layout in zip(
             (keys, values),
             (layer.pq_keys, layer.pq_values),
@@ -105,9 +108,10 @@ class TorchOps:
             self._layouts_of(layer),
             strict=True,
         ):
+            codes = encode(x, replace(pq, rebase=None))
             if layer.block_table is None:
-                stored[:, :, start : start + x.shape[2]] = layout.pack(encode(x, pq))
+                stored[:, :, start : start + x.shape[2]] = layout.pack(codes)
                 continue
-            pages = layout.pack(encode(x, pq).unflatten(2, (-1, P)))  # [B, Hkv, n, *page_shape]
+            pages = layout.pack(codes.unflatten(2, (-1, P)))  # [B, Hkv, n, *page_shape]
             for i in range(pages.shape[2]):
                 stored[layer.block_table[:, start // P + i].long()] = pages[:, :, i]

@@ -37,6 +37,7 @@ class GraphSteps:
         assert len({store.length(layer) for layer in range(store.num_layers)}) == 1
         store.wait()
         store.reserve(store.length() + 1)
+        store.prepare_steps()
         for layer in range(store.num_layers):
             store.device_layer(layer)
 
@@ -94,4 +95,5 @@ class GraphSteps:
         for layer in range(self.store.num_layers):
             of = self.store.device_layer(layer)
             tensors += [of.key_codes, of.value_codes, of.block_table, of.key_window, of.value_window]
+            tensors.append(of.key_map)
         return tuple(tensor.data_ptr() for tensor in tensors if tensor is not None)

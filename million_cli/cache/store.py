@@ -41,6 +41,8 @@ class LayerState:
     values: LayerPQ
     window: ResidualWindow | None = None
     length: int = 0
+    key_map: Tensor | None = None  # of `DeviceLayer`, for the block of positions `mapped`
+    mapped: int = -1
 
 
 class CodeStore(CodeHooks):
@@ -174,6 +176,7 @@ class CodeStore(CodeHooks):
         self.batch = B
         device_layer = None
         if N == 1 and self.ops is not None:
+            self._map_keys(layer, start)
             device_layer = self.device_layer(layer, self.lengths.hold(k.device, B, end))
             run_operation(self.ops.append, device_layer, k[:, :, 0], v[:, :, 0])
         elif N == 1:
@@ -307,7 +310,31 @@ class CodeStore(CodeHooks):
         if lengths is None:
             lengths = self.lengths.hold(window.keys.device, self.batch, state.length)
         P = self.window.page_size
-        return DeviceLayer(state.keys, state.values, *codes, window.keys, window.values, lengths, P)
+        tensors = (*codes, window.keys, window.values, lengths)
+        return DeviceLayer(state.keys, state.values, *tensors, P, state.key_map)
+
+    def prepare_steps(self, ahead: int = 0) -> None:
+        """Before a step of `ops`, when the device holds `ahead` tokens more than the host has counted."""
+        for layer, state in enumerate(self._layers):
+            self._map_keys(layer, state.length + ahead)
+
+    def _map_keys(self, layer: int, length: int) -> None:
+        """See to the map of the page that a layer of `length` tokens encodes next; its address stays."""
+        state = self._layers[layer]
+        pq = state.keys
+        if pq.rebase is None or self.ops is None:
+            return
+        block = self.window.coded_length(length) // pq.rebase.every
+        if block == state.mapped:
+            return
+        made = pq.rebase.matrix(block, pq.spec.head_dim).to(pq.centroids.device)[None]
+        if pq.transform is not None:
+            made = made @ pq.transform.encode.float()
+        if state.key_map is None:
+            state.key_map = made.contiguous()
+        else:
+            state.key_map.copy_(made)
+        state.mapped = block
 
     def advance(self, tokens: int) -> None:
         """Count `tokens` more in every layer, on the host: they are in the reserved tensors already."""

@@ -137,6 +137,7 @@ class PQCache(Cache):
             ours.num_kv_heads,
             text_config.num_attention_heads // ours.num_kv_heads,
             softcap=getattr(text_config, "attn_logit_softcapping", None) is not None,
+            rebase_every=max((rebase.every for rebase in codebook.keys.rebases if rebase), default=0),
         )
         self._padding = LeftPadding()
         self._fallbacks: tuple[Fallback, ...] = ()

@@ -40,6 +40,7 @@ class PQSteps:
 
     def ready(self) -> Hashable | None:
         store = self.cache.store
+        store.prepare_steps()
         needed = store.length() + 1
         if needed > self._room or not store.is_reserved(needed):
             ahead = store.length() + store.window.page_size
@@ -50,7 +51,8 @@ class PQSteps:
         return self._places
 
     def prepare(self, key: Hashable) -> None:
-        pass
+        shape = self.cache.kv_shape
+        self.cache.steps.prime(shape.num_kv_heads * shape.group)
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, first_valid: Tensor | None, scale: float

@@ -115,6 +115,8 @@ class StaticPQCache(PagedPQCache):
             )
         if is_step and not self._asked:
             self._begin_steps()
+        if is_step:
+            self.store.prepare_steps(self._asked)
         self._asked += is_step
         return is_step
 

@@ -29,6 +29,8 @@ class DeviceLayer:
         key_window, value_window: `[B, Hkv, R, D]` in the model's dtype, position p in slot p mod R.
         lengths: int32 `[B]` on the device, tokens of each sequence, the newest included.
         page_size: P.
+        key_map: float32 `[Ht, D, D]`, the map of keys that `append` encodes out of the window: they belong to
+            one block of positions, see `pq.rebase`.  None: keys are not rebased.
     """
 
     pq_keys: LayerPQ
@@ -40,6 +42,7 @@ class DeviceLayer:
     value_window: Tensor
     lengths: Tensor
     page_size: int
+    key_map: Tensor | None = None
 
 
 class StoreOps(Protocol):

@@ -25,16 +25,19 @@ class KernelQuery:
     num_kv_heads: int
     group: int  # G = Hq / Hkv
     softcap: bool = False  # scores are capped by a tanh
+    rebase_every: int = 0  # tokens of a block whose keys share an origin (see `pq.rebase`), 0 without
 
 
 def support(query: KernelQuery) -> str | None:
     """Why the compiled kernels cannot serve `query`, or None.
 
     The first query that they can serve brings the library into the process, compiled first if it is not in
-    the cache of builds.  Window sizes need no check: `WindowSpec` accepts just those that the kernels do.
+    the cache of builds.  Other window sizes need no check: `WindowSpec` accepts those that the kernels do.
     """
     if query.device.type != "cuda":
         return f"no compiled kernels for device {query.device.type}"
+    if query.rebase_every % query.window.page_size:
+        return f"page_size={query.window.page_size} does not divide a block of {query.rebase_every} positions"
     if query.softcap:
         return "no compiled kernels for softcapped scores"
     try:
