@@ -178,8 +178,8 @@ def _paged_rows(case: Case, device: torch.device, replays: int) -> Iterator[dict
     lengths = torch.full((B,), case.context, dtype=torch.int32, device=device)
     q = torch.randn(B, case.q_heads, D, dtype=dtype, device=device)
     rebase = Rebase(REBASE_EVERY, 1e4 ** (-torch.arange(D // 2, dtype=torch.float64) / (D // 2)), "halves")
-    angles = rebase.angles(torch.arange(-(-coded // rebase.every)))
-    table = torch.stack([angles.cos(), angles.sin()], -1).to(device, torch.float32)
+    table = torch.stack(rebase.forms(torch.arange(-(-coded // rebase.every))), -1)
+    table = table.to(device, torch.float32).contiguous()
     rotations = [_rotations(Hkv, D, device) for _ in range(2)]
     buffers = []
     for _ in range(_buffers(nbytes)):

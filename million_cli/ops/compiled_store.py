@@ -115,8 +115,8 @@ class _Compiled(ABC):
             by = self._tables_of(pq).on_queries
             forms = QueryForms(by)
             if rebase is not None:
-                angles = rebase.angles(torch.arange(origins))
-                table = torch.stack([angles.cos(), angles.sin()], -1).to(device, torch.float32).contiguous()
+                table = torch.stack(rebase.forms(torch.arange(origins)), -1)
+                table = table.to(device, torch.float32).contiguous()
                 forms = QueryForms(by, table, rebase.every, rebase.layout == "neighbours")
             self._forms[pq, origins] = forms
         return forms

@@ -306,7 +306,7 @@ def _load_side(
 
 
 def _rebases_to_card(rebases: tuple[Rebase | None, ...]) -> tuple[list[Any], Tensor]:
-    """For each layer None or [tokens a block, layout, row of the tensor]; layers share equal rows."""
+    """For each layer None or [tokens a block, layout, scale, row of the tensor]; layers share equal rows."""
     rows: list[Tensor] = []
     card: list[Any] = []
     for rebase in rebases:
@@ -316,7 +316,7 @@ def _rebases_to_card(rebases: tuple[Rebase | None, ...]) -> tuple[list[Any], Ten
         at = next((i for i, row in enumerate(rows) if torch.equal(row, rebase.frequencies)), len(rows))
         if at == len(rows):
             rows.append(rebase.frequencies)
-        card.append([rebase.every, rebase.layout, at])
+        card.append([rebase.every, rebase.layout, rebase.scale, at])
     return card, torch.stack(rows)
 
 
@@ -331,10 +331,10 @@ def _rebases_from_card(card: list[Any], frequencies: Tensor, head_dim: int) -> t
         if entry is None:
             rebases.append(None)
             continue
-        every, layout, row = entry
-        if every < 1 or layout not in LAYOUTS or row < 0:
+        every, layout, scale, row = entry
+        if every < 1 or layout not in LAYOUTS or row < 0 or not 0 < scale < float("inf"):
             raise ValueError(f"{entry}")
-        rebases.append(Rebase(int(every), frequencies[row], layout))
+        rebases.append(Rebase(int(every), frequencies[row], layout, float(scale)))
     return tuple(rebases)
 
 

@@ -11,7 +11,7 @@ Letters: B batch, H heads, T tokens, D head_dim, n rotated pairs of dimensions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -27,65 +27,74 @@ class Rebase:
     """How the keys of one layer are brought to the origin of their block.
 
     every: tokens a block; frequencies: float64 [n] on the CPU, radians a token; layout: which dimensions are
-    pairs.
+    pairs; scale: the factor that the rotary embedding of the calibrated model put on rotated dimensions
+    (YaRN's, 1 for most); gain: that of the served model over `scale`, which is taken out of keys.
     """
 
     every: int
     frequencies: Tensor
     layout: Layout
+    scale: float = 1.0
+    gain: float = 1.0
+
+    def served(self, frequencies: Tensor, scale: float) -> Rebase:
+        """For a model with the same keys before RoPE and another scaling of its positions."""
+        return replace(self, frequencies=frequencies, gain=scale / self.scale)
 
     def relative(self, keys: Tensor, start: int) -> Tensor:
         """Keys [..., T, D] of the tokens start, start + 1, ... as they are coded, in their own dtype."""
-        return self._turned(keys, start, -1)
+        return self._turned(keys, start, -1, 1 / self.gain)
 
     def absolute(self, keys: Tensor, start: int) -> Tensor:
         """The inverse of `relative`."""
-        return self._turned(keys, start, 1)
+        return self._turned(keys, start, 1, self.gain)
 
     def query(self, query: Tensor, block: int) -> Tensor:
         """Queries [..., D] whose products with the coded keys of a block are the scores."""
-        if block == 0:
-            return query
-        angles = self.angles(torch.tensor([block]))
-        return turn(query, -angles, self.layout)
+        cos, sin = self.forms(torch.tensor([block]))
+        return turn(query, cos, -sin, self.layout)
 
-    def angles(self, blocks: Tensor) -> Tensor:
-        """Of the origins of blocks, whole numbers [...]: float64 [..., n], from 0 to 2 pi."""
-        positions = blocks.double().cpu() * self.every
-        return torch.remainder(positions[..., None] * self.frequencies, 2 * torch.pi)
+    def forms(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine, times the gain, of the angles of blocks' origins: [...] -> float64 [..., n]."""
+        angles = self._angles(blocks)
+        return self.gain * angles.cos(), self.gain * angles.sin()
 
     def matrix(self, block: int, head_dim: int) -> Tensor:
         """float32 [D, D], A of `relative`: k A for a key of the block."""
-        return self.query(torch.eye(head_dim, dtype=torch.float64), block).float()
+        angles = self._angles(torch.tensor([block]))
+        one = torch.eye(head_dim, dtype=torch.float64)
+        return turn(one, angles.cos() / self.gain, -angles.sin() / self.gain, self.layout).float()
 
-    def _turned(self, keys: Tensor, start: int, sign: int) -> Tensor:
+    def _angles(self, blocks: Tensor) -> Tensor:
+        origins = blocks.double().cpu() * self.every
+        return torch.remainder(origins[..., None] * self.frequencies, 2 * torch.pi)
+
+    def _turned(self, keys: Tensor, start: int, sign: int, factor: float) -> Tensor:
         stop = start + keys.shape[-2]
-        if stop <= self.every:
+        if stop <= self.every and factor == 1:
             return keys
         first, last = start // self.every, (stop - 1) // self.every
-        angles = sign * self.angles(torch.arange(first, last + 1))
-        if first == last:
-            return turn(keys, angles, self.layout)
-        at = torch.arange(start, stop) // self.every - first
-        return turn(keys, angles[at], self.layout)
+        angles = self._angles(torch.arange(first, last + 1))
+        cos, sin = factor * angles.cos(), factor * sign * angles.sin()
+        if first < last:
+            at = torch.arange(start, stop) // self.every - first
+            cos, sin = cos[at], sin[at]
+        return turn(keys, cos, sin, self.layout)
 
 
-def turn(x: Tensor, angles: Tensor, layout: Layout) -> Tensor:
-    """Each pair of x [..., T, D] turned by its angle, [T or 1, n]; the arithmetic is float32 at least."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = (part.to(x.device, dtype) for part in (angles.cos(), angles.sin()))
-    return turn_by(x, cos, sin, layout)
+def turn(x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
+    """Each pair of x [..., T, D] turned by an angle, given as cosine and sine [T or 1, n] or [..., T, n].
 
-
-def turn_by(x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
-    """`turn` by cosines and sines [T or 1, n], or of the shape [..., T, n], which may carry a factor."""
+    A factor in both goes onto the pairs.  The arithmetic is float32, or float64 if x is.
+    """
     n = cos.shape[-1]
     dtype = torch.promote_types(x.dtype, torch.float32)
-    turned, rest = x[..., : 2 * n].to(dtype), x[..., 2 * n :]
+    cos, sin = cos.to(x.device, dtype), sin.to(x.device, dtype)
+    pairs, rest = x[..., : 2 * n].to(dtype), x[..., 2 * n :]
     if layout == "halves":
-        a, b = turned[..., :n], turned[..., n:]
-        turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+        a, b = pairs[..., :n], pairs[..., n:]
+        pairs = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
     else:
-        a, b = turned[..., ::2], turned[..., 1::2]
-        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
-    return torch.cat([turned.to(x.dtype), rest], -1)
+        a, b = pairs[..., ::2], pairs[..., 1::2]
+        pairs = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+    return torch.cat([pairs.to(x.dtype), rest], -1)

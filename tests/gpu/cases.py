@@ -131,8 +131,8 @@ class Case:
         if self.rebase is None:
             return compiled.QueryForms(self.key_rotation)
         capacity = self.block_table.shape[1] * self.shape.window.page_size
-        angles = self.rebase.angles(torch.arange(-(-capacity // self.rebase.every)))
-        table = torch.stack([angles.cos(), angles.sin()], -1).to(DEVICE, torch.float32)
+        forms = self.rebase.forms(torch.arange(-(-capacity // self.rebase.every)))
+        table = torch.stack(forms, -1).to(DEVICE, torch.float32).contiguous()
         neighbours = self.rebase.layout == "neighbours"
         return compiled.QueryForms(self.key_rotation, table, self.rebase.every, neighbours)
 

@@ -13,7 +13,7 @@ from million_cli.ops.compiled import DecodePlan, LookupPlan, QueryForms
 from million_cli.ops.compiled_store import CompiledContiguous, CompiledPaged
 from million_cli.ops.store_ops import DeviceLayer
 from million_cli.pq.codebook import LayerPQ
-from million_cli.pq.rebase import Rebase, turn_by
+from million_cli.pq.rebase import Rebase, turn
 from million_cli.pq.transform import Transform
 from million_cli.spec import CodeSpec
 
@@ -101,6 +101,6 @@ def test_rebased_keys_and_queries_give_the_scores(
     assert forms.neighbours == (layout == "neighbours")
     q = torch.randn(1, H, 3, D, generator=torch.Generator().manual_seed(6))
     assert forms.angles is not None
-    turned = turn_by(q, forms.angles[2, :, 0], -forms.angles[2, :, 1], layout)
+    turned = turn(q, forms.angles[2, :, 0], -forms.angles[2, :, 1], layout)
     turned = turned if forms.map is None else turned @ forms.map
     torch.testing.assert_close(turned @ coded.mT, q @ x.mT, atol=2e-3, rtol=0)
