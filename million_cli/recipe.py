@@ -111,6 +111,9 @@ class Quantizer:
             keep the predicted KL divergence least, instead of their own `dsub`.  null: use `keys` and
             `values` as given; also the fallback without gradients.
         widths: dimensions of a subspace to choose from, with `keys.nbits` bits a code.
+        rebase: tokens of a block of positions; keys are coded relative to the origin of theirs, so that codes
+            serve texts of any length (see `pq.rebase`).  0: keys are coded where they lie, for the positions
+            of the calibration windows alone.
     """
 
     name: str = "custom"
@@ -121,9 +124,12 @@ class Quantizer:
     values: SideCodes = field(default_factory=SideCodes)
     bits: float | None = None
     widths: tuple[int, ...] = (1, 2, 4, 8)
+    rebase: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", tuple(self.widths))  # YAML and JSON have lists
+        if self.rebase < 0 or self.rebase % 16:
+            raise UserError(f"quantizer.rebase={self.rebase}: accepted are 0 and multiples of 16")
         check("quantizer.scope", self.scope, SCOPES)
         check("quantizer.seeding", self.seeding, SEEDINGS)
         check("quantizer.weighting", self.weighting, WEIGHTINGS)

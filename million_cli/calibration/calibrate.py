@@ -7,7 +7,8 @@ import json
 import logging
 import os
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,18 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from million_cli.calibration.information import Information, NoGradients
+from million_cli.calibration.information import Information, NoGradients, mean_of_state
 from million_cli.calibration.measured import Measure
+from million_cli.calibration.moving import MovedKeys, Positions
 from million_cli.calibration.samples import Sampled, Samples
 from million_cli.calibration.sampling import SamplingCache, read_text
 from million_cli.calibration.windows import CODE, batches, calibration_windows
 from million_cli.errors import UserError
 from million_cli.hf.models import fingerprint
+from million_cli.hf.rotary import Rotary
 from million_cli.pq import Codebook, Setup
 from million_cli.pq import train_codebook as train_on_samples
+from million_cli.pq.rebase import Rebase
 from million_cli.progress import progress
 from million_cli.recipe import Recipe
 from million_cli.spec import WindowSpec
@@ -111,9 +115,10 @@ class Calibration:
             UserError: a text too short, a context too long, a folder that cannot be written or that holds the
                 samples of another calibration.
         """
-        cache = SamplingCache(self.model, self.recipe.sample.reservoir, self.seed)
+        rotary = self.rotary if self.rotary.movable else None
+        cache = SamplingCache(self.model, self.recipe.sample.reservoir, self.seed, rotary)
         # Behind the default window whatever the caches': samples serve all of them.
-        information = Information(self.model, seed=self.seed)
+        information = Information(self.model, seed=self.seed, rotary=rotary)
         state = cache.resume(folder) if folder is not None and resume else None
         if state is not None and not {"windows", "tokens", "done", "inputs"} <= state.keys():
             raise UserError(
@@ -148,7 +153,14 @@ class Calibration:
         quantizer = self.recipe.quantizer
         metrics = (quantizer.keys.metric, quantizer.values.metric)
         informed = quantizer.bits is not None or quantizer.weighting != "none" or "fisher" in metrics
-        if sampled.information is None and informed:
+        keys, rebases, turned = sampled.keys, self.rebases(), None
+        if self.rotary.movable:
+            positions = Positions(self.rotary, rebases, self._longest(rebases), self.seed)
+            keys = MovedKeys(keys, sampled.positions, positions, self.model.device)
+            turned = positions.information
+        gathered = sampled.information
+        information = None if gathered is None else mean_of_state(gathered, turned)
+        if information is None and informed:
             logger.warning(
                 "no Fisher information: plain squared errors, unweighted samples and the widths of keys and "
                 "values instead"
@@ -159,21 +171,48 @@ class Calibration:
                 bar.total = total
                 bar.update(done - bar.n)
 
-            return train_on_samples(
-                sampled.keys,
+            codebook = train_on_samples(
+                keys,
                 sampled.values,
                 fingerprint(self.model),
                 self.setup,
-                information=sampled.information,
+                information=information,
                 squares=sampled.squares,
                 calibration=self.text.source,
                 calibration_sha256=self.text.sha256,
                 tokens=sampled.tokens,
-                measure=self.measure(),
+                measure=self.measure(rebases),
                 progress=tick,
             )
+        return replace(
+            codebook,
+            keys=replace(codebook.keys, rebases=rebases),
+            meta=replace(codebook.meta, positions=None if rebases else self._longest(rebases)),
+        )
 
-    def measure(self) -> Measure | None:
+    @cached_property
+    def rotary(self) -> Rotary:
+        """How the model turns its keys."""
+        return Rotary(self.model)
+
+    def rebases(self) -> tuple[Rebase | None, ...]:
+        """How keys are brought to the origin of their block, by layer; empty: they are coded as they lie."""
+        every = self.recipe.quantizer.rebase
+        if not every:
+            return ()
+        if not self.rotary.movable:
+            logger.warning(
+                "keys of this model cannot be moved (its positions are no rotation): codes are made for the "
+                "positions of the calibration windows alone"
+            )
+            return ()
+        return self.rotary.rebases(every)
+
+    def _longest(self, rebases: Sequence[Rebase | None]) -> int:
+        """Positions that samples are turned to: the model's, or without blocks those of the windows."""
+        return self.rotary.context if rebases else max(len(window) for window in self.windows)
+
+    def measure(self, rebases: Sequence[Rebase | None] = ()) -> Measure | None:
         """Measures the cost of coding a side of a layer, if the recipe asks for it."""
         measured = self.recipe.train.measured if self.recipe.quantizer.bits is not None else 0
         if not measured:
@@ -185,7 +224,29 @@ class Calibration:
             self.window,
             self.recipe.sample.batch,
             self.shown,
+            rebases,
         )
+
+    def _observe(self, cache: SamplingCache, information: Information, ids: Tensor, wanted: int) -> int:
+        """Sample windows `[B, T]` and gather their information in one pass.
+
+        Returns:
+            `wanted`, or 0 if the model gives no gradients.
+        """
+        first = cache.seen
+        cache.reset()
+        try:
+            squares = information.read(ids, cache.offer)
+        except NoGradients as error:
+            logger.warning("codebooks will be trained without Fisher information: %s", error)
+            information.forget()
+            if cache.seen == first:
+                read_text(self.model, cache, ids)
+            return 0
+        for row in range(len(ids)):
+            of_row = [(keys[row : row + 1], values[row : row + 1]) for keys, values in squares]
+            cache.weigh(of_row, first + row, len(ids))
+        return wanted
 
     def _windows(self, repeats: bool = True) -> list[Tensor]:
         return calibration_windows(
@@ -218,20 +279,13 @@ class Calibration:
                 state = {"windows": done, "tokens": cache.seen, "done": finished, "inputs": self._inputs}
                 cache.save(folder, state, information.state())
 
-        with progress(total + wanted, "sampling", "tok", self.shown) as bar:
-            bar.update(cache.seen + information.read_tokens)
+        with progress(total, "sampling", "tok", self.shown) as bar:
+            bar.update(cache.seen)
             for ids in batches(windows[done:], self.recipe.sample.batch):
-                first = cache.seen
-                read_text(self.model, cache, ids)
-                for row, window in enumerate(ids):
-                    if information.read_tokens + len(window) <= wanted:
-                        try:
-                            cache.weigh(information.read(window[None]), first + row, len(ids))
-                        except NoGradients as error:
-                            logger.warning("codebooks will be trained without Fisher information: %s", error)
-                            information.forget()
-                            wanted = 0
-                        bar.update(len(window))
+                if information.read_tokens + ids.numel() <= wanted:
+                    wanted = self._observe(cache, information, ids, wanted)
+                else:
+                    read_text(self.model, cache, ids)
                 bar.update(ids.numel())
                 done += len(ids)
                 if done < len(windows) and time.monotonic() - saved > SAVE_EVERY_S:

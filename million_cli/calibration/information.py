@@ -3,13 +3,15 @@
 For every vector x that a cache would code, g is the gradient of the log-likelihood of tokens that are drawn
 from the model's own next-token distributions, taken through the queries that would see x coded, not those
 that find it still in the exact window.  F = E[g g^T] over vectors, a layer and KV head (see `pq.metric`).
+Gradients of keys are turned to position 0, as the sampled keys are (see `calibration.moving`); those of the
+first tokens stay where they are.
 
-Letters: B batch, T tokens, L full-attention layers, Hkv KV heads, D head_dim.
+Letters: B batch, T tokens, L full-attention layers, Hkv KV heads, D head_dim, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -18,10 +20,21 @@ from transformers import PreTrainedModel
 
 from million_cli.codecs.simulated import SimulatedCache
 from million_cli.hf.models import fingerprint
+from million_cli.hf.rotary import Rotary
 from million_cli.spec import WindowSpec
 
 Squares = tuple[Tensor, Tensor]
 """|g|^2 of the coded keys and values of a layer, float32 `[B, Hkv, coded]` each."""
+
+_LOGITS = 1 << 24  # elements of the distributions that are looked at together
+_HALF_SCALES = (2.0**-4, 2.0**-10, 2.0**-16)
+"""Factors on the likelihood, tried in turn: in float16 the gradients inside a deep model can pass 65504."""
+
+
+FIRST_TOKENS = 4
+"""Tokens at the start of a text that are not moved.  Most attention that goes nowhere else goes to the first
+one (Xiao et al., StreamingLLM, arXiv:2309.17453), and never from another position; its gradient can outweigh
+those of all others together, so at drawn positions it would drown them."""
 
 
 class NoGradients(RuntimeError):  # noqa: N818 (a state, as PagePoolExhausted)
@@ -29,27 +42,42 @@ class NoGradients(RuntimeError):  # noqa: N818 (a state, as PagePoolExhausted)
 
 
 class Information:
-    """Sums of g g^T, in float64 on the CPU: 16 L Hkv D^2 bytes however long the text.
+    """Sums of g g^T, in float64 on the model's device: 16 L Hkv D^2 bytes however long the text.
 
     Args:
         model: whose information is gathered.
         window: which tokens of a text would be coded, and for which queries.
-        seed: of the draws; with the number of tokens read so far it decides them.
+        seed: of the draws; with the number of windows read so far it decides them.
+        rotary: of the model, to turn gradients of keys to position 0; None leaves them as they are.
     """
 
-    def __init__(self, model: PreTrainedModel, window: WindowSpec | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        window: WindowSpec | None = None,
+        seed: int = 0,
+        rotary: Rotary | None = None,
+    ) -> None:
         self._model, self._window, self._seed = model, window or WindowSpec(), seed
-        print_ = fingerprint(model)
-        shape = (len(print_.layers), print_.num_kv_heads, print_.head_dim, print_.head_dim)
-        self._sums = {"keys": torch.zeros(shape, dtype=torch.float64)}
-        self._sums["values"] = self._sums["keys"].clone()
+        self._rotary = rotary
+        ours = fingerprint(model)
+        shape = (len(ours.layers), ours.num_kv_heads, ours.head_dim, ours.head_dim)
+        self._sums = {
+            of: torch.zeros(shape, dtype=torch.float64, device=model.device)
+            for of in ("keys", "first_keys", "values")
+        }
         self._vectors = 0  # of each head
-        self.read_tokens = 0
+        self.read_tokens = self._windows = 0
 
-    def read(self, input_ids: Tensor) -> list[Squares]:
+    def read(
+        self, input_ids: Tensor, observe: Callable[[int, Tensor, Tensor, int], None] | None = None
+    ) -> list[Squares]:
         """Add the vectors of texts `[B, T]` int64; those of a text too short to be coded add nothing.
 
         The weights get no gradients.  Memory is that of the activations of one forward pass.
+
+        Args:
+            observe: is given the K and V of each layer on the way, see `SimulatedCache`.
 
         Returns:
             The squared gradients of each layer, of the tokens from the first to the last that is coded.
@@ -57,37 +85,82 @@ class Information:
         Raises:
             NoGradients: the model's layers do not pass gradients on, or give NaN or infinity.
         """
-        taps = [_Tap() for _ in range(len(self._sums["keys"]))]
-        device = self._model.device
-        generator = torch.Generator(device).manual_seed((self._seed << 32) + self.read_tokens)
-        cache = SimulatedCache(self._model, taps, self._window, prefill="quantized")
-        with torch.enable_grad(), _frozen(self._model):
+        half = self._model.dtype == torch.float16
+        for scale in _HALF_SCALES if half else (1.0,):
+            gradients = self._gradients(input_ids, scale, observe)
+            observe = None  # once is enough
+            if bool(torch.stack([g.isfinite().all() for g in gradients]).all() if gradients else True):
+                break
+        else:
+            raise NoGradients(f"gradients hold NaN or infinity in {self._model.dtype}")
+        self.read_tokens += input_ids.numel()
+        self._windows += len(input_ids)
+        squares = []
+        for i, gradient in enumerate(gradients):
+            layer, g = i // 2, gradient.flatten(2, 3).float() / scale  # [B, Hkv, coded, D]
+            squares.append(g.square().sum(-1))
+            if i % 2:
+                self._add("values", layer, g)
+                continue
+            if self._rotary is not None:
+                self._add("first_keys", layer, g[:, :, :FIRST_TOKENS])
+                g = g[:, :, FIRST_TOKENS:]
+                at = torch.arange(FIRST_TOKENS, FIRST_TOKENS + g.shape[2], device=g.device)
+                g = self._rotary.to_origin(layer, g, at, input_ids.shape[1])
+            self._add("keys", layer, g)
+        if gradients:
+            self._vectors += gradients[0][:, 0].flatten(0, -2).shape[0]
+        return list(zip(squares[::2], squares[1::2], strict=True))
+
+    def _add(self, of: str, layer: int, g: Tensor) -> None:
+        """Add the moments of gradients `[B, Hkv, N, D]`."""
+        g = g.transpose(0, 1).flatten(1, 2)
+        g = g.double() if g.device.type == "cpu" else g
+        self._sums[of][layer] += (g.mT @ g).double()
+
+    def _gradients(
+        self,
+        input_ids: Tensor,
+        scale: float,
+        observe: Callable[[int, Tensor, Tensor, int], None] | None,
+    ) -> list[Tensor]:
+        """Gradients of `scale` times the likelihood, `[B, Hkv, pages, P, D]`: keys, values of each layer."""
+        model = self._model
+        taps = [_Tap() for _ in self._sums["keys"]]
+        cache = SimulatedCache(model, taps, self._window, prefill="quantized", observe=observe)
+        with torch.enable_grad(), _frozen(model):
             try:
-                logits = self._model(
-                    input_ids=input_ids.to(device), past_key_values=cache, use_cache=True
-                ).logits
-                drawn = _draw(logits.detach(), generator)
-                likelihood = torch.log_softmax(logits.float(), -1).gather(-1, drawn).sum()
+                ids = input_ids.to(model.device)
+                logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
                 inputs = [x for tap in taps for x in tap.stored]
-                gradients = torch.autograd.grad(likelihood, inputs, allow_unused=True) if inputs else ()
+                if not inputs:
+                    return []
+                towards = self._towards_draws(logits.detach(), scale)
+                gradients = torch.autograd.grad(logits, inputs, towards, allow_unused=True)
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, NotImplementedError) as error:
                 raise NoGradients(str(error).splitlines()[0]) from error
-        self.read_tokens += input_ids.numel()
-        if not inputs:
-            return []
-        for i, gradient in enumerate(gradients):
-            if gradient is None:
-                raise NoGradients(f"keys or values of layer {i // 2} do not reach the logits")
-            g = gradient.transpose(0, 1).flatten(1, -2)  # [Hkv, B * coded, D]
-            moment = (g.mT.double() @ g.double()) if g.device.type == "cpu" else (g.float().mT @ g.float())
-            if not bool(moment.isfinite().all()):
-                raise NoGradients(f"gradients of layer {i // 2} hold NaN or infinity in {g.dtype}")
-            self._sums["values" if i % 2 else "keys"][i // 2] += moment.cpu().double()
-        self._vectors += gradients[0][:, 0].flatten(0, -2).shape[0]
-        squares = [g.float().square().sum(-1).flatten(2) for g in gradients]
-        return list(zip(squares[::2], squares[1::2], strict=True))
+        unreached = [i // 2 for i, gradient in enumerate(gradients) if gradient is None]
+        if unreached:
+            raise NoGradients(f"keys or values of layer {unreached[0]} do not reach the logits")
+        return list(gradients)
+
+    def _towards_draws(self, logits: Tensor, scale: float) -> Tensor:
+        """Gradient of sum ln p(drawn token) by the logits `[B, T, V]`, times `scale`: (one-hot - p) scale.
+
+        Each window's draws depend on its number alone, not on the batch.
+        """
+        towards = torch.empty_like(logits)
+        rows = max(1, _LOGITS // logits.shape[-1])
+        for b, window in enumerate(logits):
+            generator = torch.Generator(logits.device).manual_seed((self._seed << 32) + self._windows + b)
+            for start in range(0, len(window), rows):
+                part = slice(start, start + rows)
+                p = torch.softmax(window[part].float(), -1)
+                drawn = torch.multinomial(p, 1, generator=generator)
+                towards[b, part] = scale * (torch.zeros_like(p).scatter_(-1, drawn, 1.0) - p)
+        return towards
 
     def forget(self) -> None:
         """Drop what was gathered."""
@@ -95,24 +168,33 @@ class Information:
             total.zero_()
         self._vectors = 0
 
-    def mean(self) -> tuple[Tensor, Tensor] | None:
-        """F of keys and of values, float64 `[L, Hkv, D, D]`; None if no vector was coded yet."""
-        return mean_of_state(self.state())
+    def mean(self, turned: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor] | None:
+        """See `mean_of_state`."""
+        return mean_of_state(self.state(), turned)
 
     def state(self) -> dict[str, Tensor]:
         """All that `restore` needs to go on exactly, as tensors."""
-        return {**self._sums, "counts": torch.tensor([self._vectors, self.read_tokens])}
+        counts = torch.tensor([self._vectors, self.read_tokens, self._windows])
+        return {**{side: total.cpu() for side, total in self._sums.items()}, "counts": counts}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go back to a `state()` of the same model."""
-        self._sums = {side: state[side].clone() for side in self._sums}
-        self._vectors, self.read_tokens = state["counts"].tolist()
+        self._sums = {side: state[side].to(self._model.device) for side in self._sums}
+        self._vectors, self.read_tokens, self._windows = state["counts"].tolist()
 
 
-def mean_of_state(state: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
-    """`Information.mean` of a `state()`."""
+def mean_of_state(
+    state: dict[str, Tensor], turned: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor] | None:
+    """F of keys and of values, float64 `[L, Hkv, D, D]` on the CPU; None if no vector was coded yet.
+
+    turned: takes sums of keys at position 0 to those at the positions that codes are made for.
+    """
     vectors = int(state["counts"][0])
-    return (state["keys"] / vectors, state["values"] / vectors) if vectors else None
+    if not vectors:
+        return None
+    keys = state["keys"] if turned is None else turned(state["keys"])
+    return (keys + state["first_keys"]) / vectors, state["values"] / vectors
 
 
 class _Tap:
@@ -130,15 +212,6 @@ class _Tap:
         return tapped
 
     values = keys
-
-
-def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """A token of each position's distribution: logits `[B, T, V]` -> `[B, T, 1]`, in bounded memory."""
-    rows = [
-        torch.multinomial(torch.softmax(part.float(), -1), 1, generator=generator)
-        for part in logits.flatten(0, 1).split(256)
-    ]
-    return torch.cat(rows).view(*logits.shape[:2], 1)
 
 
 @contextmanager

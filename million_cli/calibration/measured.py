@@ -16,6 +16,7 @@ from million_cli.calibration.windows import batches
 from million_cli.codecs.simulated import SimulatedCache
 from million_cli.hf.models import fingerprint
 from million_cli.pq import LayerPQ, decode, encode
+from million_cli.pq.rebase import Rebase
 from million_cli.progress import progress
 from million_cli.spec import WindowSpec
 from million_cli.tasks.perplexity import Comparison, read_at_once
@@ -34,6 +35,7 @@ class Measure:
         window: of the cache that is simulated.
         batch: windows at once.
         shown: whether a progress bar is.
+        rebases: of each layer's keys, see `pq.rebase`; empty if they are coded where they lie.
     """
 
     def __init__(
@@ -44,12 +46,16 @@ class Measure:
         window: WindowSpec,
         batch: int,
         shown: bool = True,
+        rebases: Sequence[Rebase | None] = (),
     ) -> None:
         self._model, self._windows, self._tokens = model, windows, tokens
         self._window, self._batch, self._shown = window, batch, shown
+        self._rebases = rebases
         self._layers = len(fingerprint(model).layers)
 
     def __call__(self, side: str, layer: int, pq: LayerPQ) -> float:
+        if self._rebases and side == "keys":
+            pq = replace(pq, rebase=self._rebases[layer])
         coder, exact = _Coder(side, pq.to(self._model.device)), _Coder("", pq)
         codecs = [coder if i == layer else exact for i in range(self._layers)]
         total = predictions = 0.0

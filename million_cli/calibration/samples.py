@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from million_cli.calibration.information import mean_of_state
 from million_cli.errors import UserError
 from million_cli.files import read_safetensors
 from million_cli.pq.samples import LayerSamples
@@ -22,7 +21,7 @@ _FIELDS = {
     **dict.fromkeys(("generation", "samples", "seed", "seen"), int),
     **dict.fromkeys(("fingerprint", "shards", "progress"), dict),
 }
-FORMAT = 4  # 4: positions of the sampled tokens in their texts
+FORMAT = 5  # 5: keys at position 0
 
 
 @dataclass(frozen=True)
@@ -133,25 +132,24 @@ class Sampled:
     """The samples of a calibration text, as training takes them.
 
     keys, values: [L, Hkv, n, D]; squares: of either side, [L, Hkv, n], -1 where not known;
-    positions: [L, n], of the tokens in their texts; information: Fisher information of either side,
-    [L, Hkv, D, D], or None; tokens: read in all.
+    positions: [L, n], of the tokens in their texts; information: an `Information.state()`, or None;
+    tokens: read in all.
     """
 
     keys: LayerSamples
     values: LayerSamples
     squares: tuple[LayerSamples, LayerSamples]
     positions: Sequence[torch.Tensor]
-    information: tuple[torch.Tensor, torch.Tensor] | None
+    information: dict[str, torch.Tensor] | None
     tokens: int
 
     @classmethod
     def in_folder(cls, samples: Samples) -> Sampled:
         """What a folder holds, read a layer at a time when asked for."""
         keys, values = samples.sides()
-        state = samples.information()
         positions = [samples.shard(layer, ["positions"])["positions"] for layer in samples.fingerprint.layers]
-        information = None if state is None else mean_of_state(state)
-        return cls(keys, values, samples.squares(), positions, information, samples.manifest["seen"])
+        information, seen = samples.information(), samples.manifest["seen"]
+        return cls(keys, values, samples.squares(), positions, information, seen)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

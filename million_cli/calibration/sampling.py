@@ -1,4 +1,8 @@
-"""Recording K (after RoPE) and V while a model reads text."""
+"""Recording K and V while a model reads text.
+
+Keys are kept as they would be at position 0 where the model's rotary embedding allows it, so that they can be
+turned to any position before training (see `calibration.moving`).
+"""
 
 from __future__ import annotations
 
@@ -19,27 +23,21 @@ from million_cli.errors import UserError
 from million_cli.files import write_safetensors, write_text
 from million_cli.hf.compat import reset_dense_layer
 from million_cli.hf.models import fingerprint
+from million_cli.hf.rotary import Rotary
 
 
 class SamplingLayer(DynamicLayer):
     """A dense cache layer that also offers every new token to a reservoir."""
 
-    def __init__(self, cache: SamplingCache, reservoir: Reservoir) -> None:
+    def __init__(self, cache: SamplingCache, position: int) -> None:
         super().__init__()
-        self._cache = cache
-        self.reservoir = reservoir
+        self._cache, self._position = cache, position
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append `[B, Hkv, N, D]` and return all K and V, as transformers' layer does."""
-        start, mask = self.get_seq_length(), self._cache.mask
-        stop = start + key_states.shape[-2]
-        if mask is None:
-            self.reservoir.add(key_states, value_states, None, torch.arange(start, stop)[None])
-        else:
-            new, positions = mask[:, start:stop].bool(), text_positions(mask)[:, start:stop]
-            self.reservoir.add(key_states, value_states, new, positions)
+        self._cache.offer(self._position, key_states, value_states, self.get_seq_length())
         return super().update(key_states, value_states, *args, **kwargs)
 
 
@@ -55,24 +53,43 @@ class SamplingCache(Cache):
         model: whose K and V are recorded.
         samples: tokens kept a layer.
         seed: >= 0; the same seed and text give the same sample.
+        rotary: of the model, to bring keys to position 0; None keeps them as they are.
 
     Raises:
         UserError: `samples` or `seed` out of range, or an unsupported architecture.
     """
 
-    def __init__(self, model: PreTrainedModel, samples: int, seed: int = 0) -> None:
+    def __init__(
+        self, model: PreTrainedModel, samples: int, seed: int = 0, rotary: Rotary | None = None
+    ) -> None:
         if samples < 1:
             raise UserError(f"samples={samples}: accepted are 1 and more")
         if not 0 <= seed < 2**63:
             raise UserError(f"seed={seed}: accepted are 0 to 2**63 - 1")
         self.fingerprint = fingerprint(model)
-        self.capacity, self.seed = samples, seed
+        self.capacity, self.seed, self.rotary = samples, seed, rotary
         self.mask: torch.Tensor | None = None
         self.reservoirs = {index: Reservoir(samples, seed, layer=index) for index in self.fingerprint.layers}
         layers = DynamicCache(config=model.config).layers
-        for index, reservoir in self.reservoirs.items():
-            layers[index] = SamplingLayer(self, reservoir)
+        for position, index in enumerate(self.reservoirs):
+            layers[index] = SamplingLayer(self, position)
         super().__init__(layers=layers)
+
+    @torch.no_grad()
+    def offer(self, layer: int, keys: torch.Tensor, values: torch.Tensor, start: int) -> None:
+        """Offer the tokens start, start + 1, ... of a text to the sample of a full-attention layer.
+
+        Args:
+            layer: counted among the full-attention layers.
+            keys, values: `[B, Hkv, N, D]`, keys after RoPE.
+        """
+        stop = start + keys.shape[-2]
+        new, positions = None, torch.arange(start, stop, device=keys.device)[None]
+        if self.mask is not None:
+            new, positions = self.mask[:, start:stop].bool(), text_positions(self.mask)[:, start:stop]
+        if self.rotary is not None:
+            keys = self.rotary.to_origin(layer, keys, positions[:, None], stop)
+        self.reservoirs[self.fingerprint.layers[layer]].add(keys, values, new, positions)
 
     @property
     def seen(self) -> int:
@@ -105,10 +122,6 @@ class SamplingCache(Cache):
         keys, values = zip(*(one.squares() for one in self.reservoirs.values()), strict=True)
         return torch.stack(keys), torch.stack(values)
 
-    def positions(self) -> torch.Tensor:
-        """Position of each sampled token in its text, int64 `[L, n]`."""
-        return torch.stack([one.positions() for one in self.reservoirs.values()])
-
     def samples(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `[L, Hkv, n, D]` on the CPU, L over the full-attention layers.
 
@@ -125,7 +138,7 @@ class SamplingCache(Cache):
             UserError: no text was read yet.
         """
         keys, values = self.samples()
-        return Sampled(keys, values, self.squares(), list(self.positions()), information.mean(), self.seen)
+        return Sampled(keys, values, self.squares(), list(self.positions()), information.state(), self.seen)
 
     def save(
         self,
@@ -162,6 +175,7 @@ class SamplingCache(Cache):
             "samples": self.capacity,
             "seed": self.seed,
             "seen": self.seen,
+            "at_origin": self.rotary is not None,
             "shards": shards,
             "progress": progress or {},
         }
@@ -183,7 +197,8 @@ class SamplingCache(Cache):
             return None
         stored = Samples(folder)
         differences = stored.fingerprint.differences(self.fingerprint)
-        for name, ours in (("samples", self.capacity), ("seed", self.seed)):
+        expected = {"samples": self.capacity, "seed": self.seed, "at_origin": self.rotary is not None}
+        for name, ours in expected.items():
             if stored.manifest[name] != ours:
                 differences.append(f"{name}: {stored.manifest[name]} != {ours}")
         if differences:

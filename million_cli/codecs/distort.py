@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from million_cli.hf.compat import reset_dense_layer
 from million_cli.hf.models import fingerprint
+from million_cli.hf.rotary import served
 from million_cli.pq import Codebook, LayerPQ, decode, encode
 
 
@@ -48,6 +49,7 @@ class DistortCache(Cache):
     def __init__(self, model: PreTrainedModel, codebook: Codebook) -> None:
         ours = fingerprint(model)
         codebook.check(ours)
+        codebook = served(codebook, model)
         self.bits = codebook.bits_per_element
         layers = DynamicCache(config=model.config).layers
         for position, index in enumerate(ours.layers):

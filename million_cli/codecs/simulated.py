@@ -7,8 +7,9 @@ it is differentiable, for a codec that is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from typing import Any, Literal
 
@@ -26,6 +27,9 @@ from million_cli.hf.switch import use_pq_attention
 from million_cli.ops.masked import masked_attention
 from million_cli.pq.rebase import Rebase
 from million_cli.spec import WindowSpec
+
+Observe = Callable[[Tensor, Tensor, int], None]
+"""Called with the new K and V of a layer, and how many tokens it held before."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +75,12 @@ class SimulatedLayer(CacheLayerMixin):
     is_croppable = False
     supports_early_init = False
 
-    def __init__(self, codec: Codec, window: WindowSpec, exact_prefill: bool) -> None:
+    def __init__(
+        self, codec: Codec, window: WindowSpec, exact_prefill: bool, observe: Observe | None = None
+    ) -> None:
         super().__init__()
         self._codec, self._window, self._exact_prefill = codec, window, exact_prefill
+        self._observe = observe
         self._parts: list[Tensor] = []  # stored keys and values, exact keys and values
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -86,6 +93,8 @@ class SimulatedLayer(CacheLayerMixin):
         """Append `[B, Hkv, N, D]`; the handle stands for K and for V in the attention function."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self._observe is not None:
+            self._observe(key_states, value_states, self.get_seq_length())
         stored_k, stored_v, k, v = self._parts
         coded, start = stored_k.shape[2], self.get_seq_length()
         k, v = torch.cat([k, key_states], 2), torch.cat([v, value_states], 2)
@@ -157,6 +166,8 @@ class SimulatedCache(Cache):
         codec: what becomes of pages; one for all full-attention layers, or one for each.
         window: page size and residual window.
         prefill: as for `DynamicPQCache`.
+        observe: called with the position of a full-attention layer, its new K and V, and how many tokens it
+            held before.
 
     Attributes:
         bits: of a stored element, scales and zero points included.
@@ -174,14 +185,16 @@ class SimulatedCache(Cache):
         window: WindowSpec | None = None,
         *,
         prefill: Literal["exact", "quantized"] = "exact",
+        observe: Callable[[int, Tensor, Tensor, int], None] | None = None,
     ) -> None:
         use_pq_attention(model)
         layers = DynamicCache(config=model.config).layers
         full = full_attention_layers(model.config)
         codecs = codec if isinstance(codec, Sequence) else [codec] * len(full)
         self.bits = fmean(codec.bits for codec in codecs)
-        for index, one in zip(full, codecs, strict=True):
-            layers[index] = SimulatedLayer(one, window or WindowSpec(), prefill == "exact")
+        for position, (index, one) in enumerate(zip(full, codecs, strict=True)):
+            told = None if observe is None else partial(observe, position)
+            layers[index] = SimulatedLayer(one, window or WindowSpec(), prefill == "exact", told)
         super().__init__(layers=layers)
 
     def reset(self) -> None:

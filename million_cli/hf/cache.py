@@ -29,6 +29,7 @@ from million_cli.hf.attention import PQHandle
 from million_cli.hf.compat import reset_dense_layer, tokens_to_remove
 from million_cli.hf.models import fingerprint, full_attention_layers
 from million_cli.hf.padding import LeftPadding
+from million_cli.hf.rotary import served
 from million_cli.hf.saved import SavedCache, write_cache
 from million_cli.hf.select import (
     COMPILED,
@@ -475,7 +476,7 @@ class DynamicPQCache(PQCache):
         encoder: str = "torch",
         kernels: Kernels = COMPILED,
     ) -> None:
-        codebook = codebook if isinstance(codebook, Codebook) else Codebook.load(codebook)
+        codebook = _served(codebook, model)
         layers = _layers_of(codebook)
         super().__init__(
             model,
@@ -520,7 +521,7 @@ class PagedPQCache(PQCache):
         encoder: str = "torch",
         kernels: Kernels = COMPILED,
     ) -> None:
-        codebook = codebook if isinstance(codebook, Codebook) else Codebook.load(codebook)
+        codebook = _served(codebook, model)
         layers = _layers_of(codebook)
         super().__init__(
             model,
@@ -537,6 +538,14 @@ class PagedPQCache(PQCache):
             },
             kernels,
         )
+
+
+def _served(
+    codebook: Codebook | str | os.PathLike[str], model: PreTrainedModel | PreTrainedConfig
+) -> Codebook:
+    """The codebook, or that of a path, as the model's positions want it."""
+    codebook = codebook if isinstance(codebook, Codebook) else Codebook.load(codebook)
+    return codebook if isinstance(model, PreTrainedConfig) else served(codebook, model)
 
 
 def _layers_of(codebook: Codebook) -> list[Any]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from million_cli.hf.models import full_attention_layers
+from million_cli.pq.codebook import Codebook
 from million_cli.pq.rebase import LAYOUTS, Rebase, turn
 
 KeyLayout = Literal["still", "halves", "neighbours"]
@@ -63,13 +65,11 @@ class Rotary:
 
         One, unless the scaling depends on the length of the text (dynamic, longrope).
         """
-        kinds = {str(p.get("rope_type")) for p in _parameters(self._config)}
-        original = min(
-            int(p.get("original_max_position_embeddings") or self.context) for p in _parameters(self._config)
-        )
-        if not kinds & {"dynamic", "longrope"} or original >= longest:
+        parameters = _parameters(self._config)
+        original = min(int(p.get("original_max_position_embeddings") or self.context) for p in parameters)
+        if not self._by_length or original >= longest:
             return (longest,)
-        if "longrope" in kinds:
+        if any(p.get("rope_type") == "longrope" for p in parameters):
             return original, longest
         steps = math.ceil(math.log2(longest / original))
         return (original, *(min(longest, original << step) for step in range(1, steps + 1)))
@@ -81,8 +81,11 @@ class Rotary:
             layer: counts the full-attention layers; one that turns its keys.
             length: tokens of the text.
         """
+        if not self._by_length:
+            return positions.double()[..., None] * self._of_static(layer).to(positions.device)
         cos, sin = self._table(layer, length)
-        return torch.atan2(sin[positions], cos[positions]).double()
+        at = positions.to(cos.device)
+        return torch.atan2(sin[at], cos[at]).double().to(positions.device)
 
     def scale(self, layer: int) -> float:
         """The factor that a layer puts on the rotated dimensions of its keys."""
@@ -91,7 +94,9 @@ class Rotary:
 
     def frequencies(self, layer: int) -> Tensor:
         """Radians a token, float64 `[n]` on the CPU, in texts of the model's whole context."""
-        return self.angles(layer, torch.tensor(1), self.context).cpu()
+        if not self._by_length:
+            return self._of_static(layer)
+        return self.angles(layer, torch.tensor(1), self.context)
 
     def rebases(self, every: int) -> tuple[Rebase | None, ...]:
         """Blocks of `every` tokens for each full-attention layer, None for those that stand still."""
@@ -115,11 +120,17 @@ class Rotary:
         angles = self.angles(layer, positions, length)
         return turn(keys, angles.cos(), -angles.sin(), layout)
 
+    @property
+    def _by_length(self) -> bool:
+        """Whether angles depend on the length of the text."""
+        return any(p.get("rope_type") in ("dynamic", "longrope") for p in _parameters(self._config))
+
+    def _of_static(self, layer: int) -> Tensor:
+        cos, sin = self._table(layer, 2)
+        return torch.atan2(sin[1].double(), cos[1].double()).cpu()
+
     def _table(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the positions of a text, float32 `[positions, n]`; see `lengths`."""
-        kinds = {str(p.get("rope_type")) for p in _parameters(self._config)}
-        if not kinds & {"dynamic", "longrope"}:
-            length = max(length, self.context)
+        """Cosines and sines of the positions of a text, float32 `[positions, n]`."""
         key = self._kinds[layer], length
         if key not in self._tables:
             module, options = self._modules[key[0]]
@@ -206,3 +217,16 @@ def _distance(a: Tensor, b: Tensor) -> float:
     """Relative error of a typical token: rounding may send a few to other experts."""
     a, b = a.double(), b.double()
     return float(((a - b).norm(dim=-1) / b.norm(dim=-1)).median())
+
+
+def served(codebook: Codebook, model: PreTrainedModel) -> Codebook:
+    """The codebook for `model`, whose positions may be scaled in another way than the calibrated model's."""
+    rebases = codebook.keys.rebases
+    if not any(rebases) or len(rebases) != len(full_attention_layers(model.config)):
+        return codebook  # whether it fits at all, `Codebook.check` says
+    rotary = Rotary(model, ["still" if rebase is None else rebase.layout for rebase in rebases])
+    ours = tuple(
+        rebase and rebase.served(rotary.frequencies(layer), rotary.scale(layer))
+        for layer, rebase in enumerate(rebases)
+    )
+    return replace(codebook, keys=replace(codebook.keys, rebases=ours))
