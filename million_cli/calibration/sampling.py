@@ -122,6 +122,10 @@ class SamplingCache(Cache):
         keys, values = zip(*(one.squares() for one in self.reservoirs.values()), strict=True)
         return torch.stack(keys), torch.stack(values)
 
+    def positions(self) -> torch.Tensor:
+        """Position of each sampled token in its text, int64 `[L, n]`."""
+        return torch.stack([one.positions() for one in self.reservoirs.values()])
+
     def samples(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `[L, Hkv, n, D]` on the CPU, L over the full-attention layers.
 
