@@ -128,7 +128,7 @@ def edit_tensors(change):
         (lambda t, m: (t, {}), "is not a codebook: format=None"),
         (lambda t, m: (t, {**m, "card": "{"}), "no readable card"),
         (lambda t, m: (t, {"format": m["format"]}), "no readable card"),
-        (edit_card(lambda c: c.update(version=99)), "format version 99; accepted is 4: train it again"),
+        (edit_card(lambda c: c.update(version=99)), "format version 99; accepted is 5: train it again"),
         (edit_card(lambda c: c["meta"].pop("tokens")), "damaged card"),
         (edit_card(lambda c: c["meta"]["fingerprint"].update(layers=3)), "damaged card"),
         (edit_card(lambda c: c["meta"]["recipe"]["train"].update(trainer="x")), "damaged card: .*trainer=x"),
