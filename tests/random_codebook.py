@@ -23,9 +23,9 @@ def random_codebook(
 
     mixed: the other way around in every other layer.
     """
-    print_ = fingerprint(model)
+    model_print = fingerprint(model)
     generator = torch.Generator().manual_seed(4)
-    L, Hkv, D = len(print_.layers), print_.num_kv_heads, print_.head_dim
+    L, Hkv, D = len(model_print.layers), model_print.num_kv_heads, model_print.head_dim
 
     def side(*shapes: tuple[int, int]) -> ProductQuantizer:
         specs = tuple(CodeSpec(D, *shapes[i % 2 if mixed else 0]) for i in range(L))
@@ -38,7 +38,7 @@ def random_codebook(
         return ProductQuantizer(specs, "head", tuple(centroids), transform)
 
     meta = CodebookMeta(
-        fingerprint=print_,
+        fingerprint=model_print,
         calibration="none",
         calibration_sha256="",
         tokens=0,

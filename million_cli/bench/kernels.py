@@ -58,14 +58,14 @@ def bench(config: Config, done: Callable[[], Any] = lambda: None) -> Iterator[di
             dense_cache[key] = list(_dense_rows(case, device, replays))
         best = min((row["median_us"] for row in dense_cache[key] if row["median_us"]), default=None)
         for row in dense_cache[key]:
-            yield _row(gpu, case, "dense", best, **row)
+            yield case_row(gpu, case, "dense", best, **row)
         torch.cuda.empty_cache()
         for measured in _paged_rows(case, device, replays):
-            yield _row(gpu, case, "fragment", best, page_size=WINDOW.page_size, **measured)
+            yield case_row(gpu, case, "fragment", best, page_size=WINDOW.page_size, **measured)
         if case in LOOKUP_CASES:
             for layout in (compiled.CodeLayout.ROW, compiled.CodeLayout.TRANSPOSED):
                 measured = _lookup_row(case, layout, device, replays)
-                yield _row(gpu, case, layout.name.lower(), best, page_size=WINDOW.page_size, **measured)
+                yield case_row(gpu, case, layout.name.lower(), best, page_size=WINDOW.page_size, **measured)
         torch.cuda.empty_cache()
         done()
     for prompt in config.encode_cases():
@@ -75,7 +75,7 @@ def bench(config: Config, done: Callable[[], Any] = lambda: None) -> Iterator[di
         done()
 
 
-def _row(gpu: str, case: Case, layout: str, best: float | None, **measured: Any) -> dict[str, Any]:
+def case_row(gpu: str, case: Case, layout: str, best: float | None, **measured: Any) -> dict[str, Any]:
     row: dict[str, Any] = {"gpu": gpu, "layout": layout, **asdict(case), **measured}
     if layout == "dense":
         row["m_keys"] = row["m_values"] = None
@@ -114,7 +114,7 @@ def time_graph(launches: Sequence[Callable[[], Any]], replays: int) -> dict[str,
     }
 
 
-def _buffers(bytes_each: int) -> int:
+def number_of_buffers(bytes_each: int) -> int:
     return max(2, min(_MAX_BUFFERS, -(-_BUFFER_BYTES // bytes_each)))
 
 
@@ -130,7 +130,8 @@ def _dense_rows(case: Case, device: torch.device, replays: int) -> Iterator[dict
     kv = (case.batch, case.kv_heads, case.context, case.head_dim)
     nbytes = 2 * dtype.itemsize * case.batch * case.kv_heads * case.context * case.head_dim
     buffers = [
-        tuple(torch.randn(kv, dtype=dtype, device=device) for _ in range(2)) for _ in range(_buffers(nbytes))
+        tuple(torch.randn(kv, dtype=dtype, device=device) for _ in range(2))
+        for _ in range(number_of_buffers(nbytes))
     ]
     q = torch.randn(case.batch, case.q_heads, 1, case.head_dim, dtype=dtype, device=device)
     gqa = case.q_heads != case.kv_heads
@@ -182,7 +183,7 @@ def _paged_rows(case: Case, device: torch.device, replays: int) -> Iterator[dict
     table = table.to(device, torch.float32).contiguous()
     rotations = [_rotations(Hkv, D, device) for _ in range(2)]
     buffers = []
-    for _ in range(_buffers(nbytes)):
+    for _ in range(number_of_buffers(nbytes)):
         pools = [
             torch.randint(0, 256, (pages, Hkv, *layout.page_shape), dtype=torch.uint8, device=device)
             for layout in (keys, values)
@@ -246,7 +247,7 @@ def _lookup_row(
     transposed = layout is compiled.CodeLayout.TRANSPOSED
     shape = (coded // P, case.m_values, P) if transposed else (coded, case.m_values)
     launches: list[Callable[[], Tensor]] = []
-    for _ in range(_buffers(nbytes)):
+    for _ in range(number_of_buffers(nbytes)):
         keys = torch.randint(0, 256, (B, Hkv, coded, case.m_keys), dtype=torch.uint8, device=device)
         values = torch.randint(0, 256, (B, Hkv, *shape), dtype=torch.uint8, device=device)
         windows = [torch.randn(B, Hkv, R, D, dtype=dtype, device=device) for _ in range(2)]

@@ -126,7 +126,7 @@ class PagedStore(CodeStore):
             if state.window is None:
                 continue
             coded = self.coded(layer)
-            self._encoder.wait(layer)
+            self._side_stream.wait(layer)
             target._reserve(layer, coded, state.window.keys)
             keys, values = self._readers(layer, coded)
             target._write(layer, 0, keys.read(0, coded), values.read(0, coded))

@@ -88,7 +88,7 @@ class CodeStore(CodeHooks):
         self._expected = 0  # tokens a sequence that will be codes in the end
         self._layers = [LayerState(keys, values) for keys, values in layers]
         self.lengths = DeviceLengths()
-        self._encoder = SideStream()
+        self._side_stream = SideStream()
 
     # -- reading ---------------------------------------------------------------------------------------------
 
@@ -121,7 +121,7 @@ class CodeStore(CodeHooks):
 
     def codes(self, layer: int) -> tuple[CodeReader, CodeReader]:
         """Readers of the key and value codes of a layer that was appended to, good until the next change."""
-        self._encoder.wait(layer)
+        self._side_stream.wait(layer)
         return self._readers(layer, self.coded(layer))
 
     def exact(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -167,7 +167,7 @@ class CodeStore(CodeHooks):
         if self.batch is not None and self.batch != B:
             raise UserError(f"batch={B}: this cache holds a batch of {self.batch}; reset it first")
         start, end = state.length, state.length + N
-        self._encoder.wait(layer)
+        self._side_stream.wait(layer)
         self._reserve(layer, self.window.coded_length(end), k)  # an exhausted pool shows before any change
         if state.window is None:
             state.window = ResidualWindow(k, self.window.residual)
@@ -227,7 +227,7 @@ class CodeStore(CodeHooks):
         if self.ops is not None:
             work = partial(run_operation, self.ops.encode, self.device_layer(layer), k, v, start)
             if self.prefill == "exact":  # nobody sees these codes before the layer's next append
-                self._encoder.run(layer, work, (k, v))
+                self._side_stream.run(layer, work, (k, v))
             else:
                 work()
             return
@@ -343,7 +343,7 @@ class CodeStore(CodeHooks):
 
     def wait(self) -> None:
         """Let what is enqueued on each device from here on see the codes that are being encoded beside it."""
-        self._encoder.wait()
+        self._side_stream.wait()
 
     @plain_no_grad
     def reset(self, release: bool = True) -> None:
@@ -352,7 +352,7 @@ class CodeStore(CodeHooks):
         Without it the tensors stay where they are and the next text must come in the same batch: what a
         captured CUDA graph wants.
         """
-        self._encoder.wait()
+        self._side_stream.wait()
         for state in self._layers:
             state.length = 0
             if release:
@@ -373,7 +373,7 @@ class CodeStore(CodeHooks):
         """
         if length < 0:
             raise UserError(f"crop({length}): accepted are lengths from 0")
-        self._encoder.wait()
+        self._side_stream.wait()
         for layer, state in enumerate(self._layers):
             new = min(length, state.length)
             coded, coded_after = self.coded(layer), self.window.coded_length(new)
@@ -417,7 +417,7 @@ class CodeStore(CodeHooks):
         if self.batch is None:
             return
         check_indices(indices, self.batch)
-        self._encoder.wait()
+        self._side_stream.wait()
         self._take_codes(indices)  # first, as it may fail
         for state in self._layers:
             if state.window is not None:

@@ -81,7 +81,7 @@ def attention(
     assert mask is None or (mask.shape[2] == N and mask.shape[3] >= length), mask.shape
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     q = query.to(dtype).unflatten(1, (Hkv, -1)) * scale  # [B, Hkv, G, N, D]
-    softmax = _OnlineSoftmax(q)
+    softmax = OnlineSoftmax(q)
     visibility = _Visibility(boundaries, length, mask, first_valid, q.device)
 
     def add(rows: slice, scores: Tensor, values: Tensor, start: int, coded: bool) -> None:
@@ -137,7 +137,7 @@ def _query_for_codes(q: Tensor, pq: LayerPQ, block: int) -> Tensor:
     return q
 
 
-class _OnlineSoftmax:
+class OnlineSoftmax:
     """Softmax-weighted sums of values, gathered span by span; `output [B, Hkv, G, N, D]` is not normalised.
 
     Masked scores are the dtype's least finite number, not -inf: a row of them alone has finite weights, and

@@ -34,13 +34,13 @@ class Kind:
 
     Attributes:
         texts: columns that the table must have.
-        needs: columns whose cells must be numbers within these ranges.
-        may: the same, but a cell may be empty and the column may be missing.
+        required: columns whose cells must be numbers within these ranges.
+        optional: the same, but a cell may be empty and the column may be missing.
     """
 
     texts: tuple[str, ...] = ()
-    needs: Mapping[str, Range] = field(default_factory=dict)
-    may: Mapping[str, Range] = field(default_factory=dict)
+    required: Mapping[str, Range] = field(default_factory=dict)
+    optional: Mapping[str, Range] = field(default_factory=dict)
 
 
 QUALITY = {
@@ -58,7 +58,7 @@ SCORES = {"score": ANY, "dense": ANY, "bits": COUNT}
 KINDS: dict[str, Kind] = {
     "job": Kind(
         texts=("run", "verb", "status"),
-        may={
+        optional={
             **QUALITY,
             **TIMES,
             **dict.fromkeys(("tpot_dense_ms", "tpot_p90_dense_ms", "ttft_dense_ms"), POSITIVE),
@@ -69,39 +69,56 @@ KINDS: dict[str, Kind] = {
         },
     ),
     "passkey": Kind(
-        needs={"length": COUNT, "depth": SHARE, "recall": SHARE, "recall_dense": SHARE},
-        may={"recall_n": (1, 1e18), "recall_low": SHARE, "recall_high": SHARE, "bits": COUNT},
+        required={"length": COUNT, "depth": SHARE, "recall": SHARE, "recall_dense": SHARE},
+        optional={"recall_n": (1, 1e18), "recall_low": SHARE, "recall_high": SHARE, "bits": COUNT},
     ),
     "positions": Kind(
-        needs={"first": COUNT, "last": COUNT, "kl_e3": ANY, "perplexity": COUNT, "perplexity_dense": COUNT},
-        may={"kl_se_e3": COUNT, "perplexity_change_percent": ANY, "bits": COUNT},
+        required={
+            "first": COUNT,
+            "last": COUNT,
+            "kl_e3": ANY,
+            "perplexity": COUNT,
+            "perplexity_dense": COUNT,
+        },
+        optional={"kl_se_e3": COUNT, "perplexity_change_percent": ANY, "bits": COUNT},
     ),
     "drift": Kind(
-        needs={"first": COUNT, "last": COUNT, "kl_e3": ANY, "perplexity": COUNT, "perplexity_dense": COUNT},
-        may={"kl_se_e3": COUNT, "perplexity_change_percent": ANY, "top1_agreement": SHARE, "bits": COUNT},
+        required={
+            "first": COUNT,
+            "last": COUNT,
+            "kl_e3": ANY,
+            "perplexity": COUNT,
+            "perplexity_dense": COUNT,
+        },
+        optional={
+            "kl_se_e3": COUNT,
+            "perplexity_change_percent": ANY,
+            "top1_agreement": SHARE,
+            "bits": COUNT,
+        },
     ),
     "ruler": Kind(
         texts=("task",),
-        needs={"length": COUNT, "score": (0.0, 100.0), "dense": (0.0, 100.0)},
-        may={**dict.fromkeys(("difference", "difference_low", "difference_high"), ANY), "bits": COUNT},
+        required={"length": COUNT, "score": (0.0, 100.0), "dense": (0.0, 100.0)},
+        optional={**dict.fromkeys(("difference", "difference_low", "difference_high"), ANY), "bits": COUNT},
     ),
-    "longbench": Kind(texts=("task",), may=SCORES),
-    "lm_eval": Kind(texts=("task",), may=SCORES),
-    "breakdown": Kind(texts=("stage",), may={"context": POSITIVE, "ms": COUNT}),
+    "longbench": Kind(texts=("task",), optional=SCORES),
+    "lm_eval": Kind(texts=("task",), optional=SCORES),
+    "breakdown": Kind(texts=("stage",), optional={"context": POSITIVE, "ms": COUNT}),
     "kernel": Kind(
         texts=("impl",),
-        may={
+        optional={
             **dict.fromkeys(("q_heads", "kv_heads", "head_dim", "context", "median_us", "p90_us"), POSITIVE),
             **dict.fromkeys(("m_keys", "m_values", "batch", "ratio_to_best_dense", "tb_per_s"), COUNT),
             "rel_err": COUNT,
         },
     ),
-    "e2e": Kind(texts=("impl",), needs={"context": POSITIVE}, may=TIMES),
+    "e2e": Kind(texts=("impl",), required={"context": POSITIVE}, optional=TIMES),
     # What a report writes beside its figures: rows of several files in common terms.
-    "quality": Kind(texts=("quantizer",), may={**QUALITY, "bits": COUNT}),
-    "scores": Kind(texts=("suite", "task"), may=SCORES),
-    "speed": Kind(texts=("impl",), needs={"context": POSITIVE}, may=TIMES),
-    "largest": Kind(texts=("impl",), needs={"context": POSITIVE}, may=TIMES),
+    "quality": Kind(texts=("quantizer",), optional={**QUALITY, "bits": COUNT}),
+    "scores": Kind(texts=("suite", "task"), optional=SCORES),
+    "speed": Kind(texts=("impl",), required={"context": POSITIVE}, optional=TIMES),
+    "largest": Kind(texts=("impl",), required={"context": POSITIVE}, optional=TIMES),
     # To be read, not drawn: answers and kernels one by one, and what figures have drawn already.
     "drift_answers": Kind(),
     "ruler_samples": Kind(),
@@ -120,7 +137,7 @@ def checked(path: Path, frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
     for (cell, schema), rows in frame.groupby(["kind", "schema"], sort=False):
         name = str(cell)
         kind = KINDS.get(name)
-        missing = [column for column in (*kind.texts, *kind.needs) if column not in rows] if kind else []
+        missing = [column for column in (*kind.texts, *kind.required) if column not in rows] if kind else []
         if kind is None:
             _left_out(path, len(rows), f"kind {name!r}; accepted are {', '.join(KINDS)}")
         elif schema != str(SCHEMA):
@@ -134,7 +151,7 @@ def checked(path: Path, frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 def _usable(path: Path, frame: pd.DataFrame, kind: Kind) -> pd.DataFrame:
     """The rows of `frame` whose numbers are numbers."""
-    for columns, is_needed in ((kind.needs, True), (kind.may, False)):
+    for columns, is_needed in ((kind.required, True), (kind.optional, False)):
         for column, (low, high) in columns.items():
             if column not in frame:
                 continue

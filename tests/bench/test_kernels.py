@@ -12,7 +12,7 @@ CASE = Case(1, 32, 8, 4096, m_keys=64, m_values=32)
 
 
 def row(layout: str, best: float | None, **measured: object) -> dict[str, object]:
-    return kernel_bench._row("a GPU", CASE, layout, best, **measured)
+    return kernel_bench.case_row("a GPU", CASE, layout, best, **measured)
 
 
 def test_a_row_has_bandwidth_and_ratio() -> None:
@@ -36,7 +36,7 @@ def test_a_backend_that_cannot_serve_has_no_times() -> None:
 
 @pytest.mark.parametrize(("nbytes", "buffers"), [(1 << 20, 16), (100 << 20, 3), (1 << 30, 2)])
 def test_buffers_exceed_the_cache_within_bounds(nbytes: int, buffers: int) -> None:
-    assert kernel_bench._buffers(nbytes) == buffers
+    assert kernel_bench.number_of_buffers(nbytes) == buffers
 
 
 def test_cases_are_distinct_shapes_of_whole_groups() -> None:

@@ -77,9 +77,9 @@ def assert_holds(store: CodeStore, k: Tensor, v: Tensor, layer: int = 0, toleran
     """
     length, coded = k.shape[2], store.window.coded_length(k.shape[2])
     assert (store.length(layer), store.coded(layer)) == (length, coded)
-    state = store._layers[layer]
+    quantizers = store.quantizers[layer]
     readers, exact = store.codes(layer), store.exact(layer)
-    for x, pq, codes, newest in zip((k, v), (state.keys, state.values), readers, exact, strict=True):
+    for x, pq, codes, newest in zip((k, v), quantizers, readers, exact, strict=True):
         assert codes.length == coded
         assert torch.equal(codes.read(0, coded), encode(x[:, :, :coded], pq))
         assert newest.shape == x[:, :, coded:].shape

@@ -184,9 +184,9 @@ def test_crop_treats_each_layer_by_its_own_length(Store):
     store.append(1, k[:, :, :60], v[:, :, :60])
     store.crop(70)
     for layer, (x, y, T) in enumerate([(k, v, 100), (k[:, :, :60], v[:, :, :60], 60)]):
-        pq = store._layers[layer]
+        keys, values = store.quantizers[layer]
         assert store.length(layer) == min(70, T)
-        assert_holds(store, cropped(x, pq.keys, SMALL, 70), cropped(y, pq.values, SMALL, 70), layer)
+        assert_holds(store, cropped(x, keys, SMALL, 70), cropped(y, values, SMALL, 70), layer)
 
 
 @pytest.mark.parametrize("Store", STORES)
