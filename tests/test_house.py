@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import tomllib
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -52,11 +53,22 @@ def test_no_circle_of_imports():
         pytest.fail(" <- ".join(error.args[1]))
 
 
-def test_the_contract_names_every_module():
+def contract() -> list[set[str]]:
+    """The layers of the import contract, the highest first."""
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     (layers,) = (contract for contract in contracts if contract["type"] == "layers")
     assert layers["exhaustive"]
-    named = [name.strip() for layer in layers["layers"] for name in layer.split("|")]
+    return [{name.strip() for name in layer.split("|")} for layer in layers["layers"]]
+
+
+def test_contributing_draws_the_contract():
+    (chain,) = re.findall(r"```\n(cli ->.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    drawn = [set(re.findall(r"\w+", layer)) for layer in chain.split("->")]
+    assert drawn == [layer for layer in contract() if layer != {"__main__"}]
+
+
+def test_the_contract_names_every_module():
+    named = [name for layer in contract() for name in layer]
     found = {p.stem for p in PACKAGE.iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()}
     assert sorted(named) == sorted(found - {"__init__"})
 

@@ -2,6 +2,7 @@
 
 After every append, and after every other operation, a layer of `length` tokens holds exactly
 `WindowSpec.coded_length(length)` tokens as codes and the rest exactly.  Subclasses own the codes only.
+Long because all operations keep this invariant over the same windows, lengths and codes.
 
 Letters: B batch, Hkv KV heads, N new tokens, D head_dim, M subspaces, P page size, R residual window.
 """
