@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from transformers import PreTrainedModel
 
 from million_cli.hf.models import fingerprint
+from million_cli.hf.rotary import Rotary
 from million_cli.pq.codebook import Codebook, CodebookMeta, ProductQuantizer
 from million_cli.pq.transform import Transform
 from million_cli.recipe import Recipe
@@ -18,10 +21,12 @@ def random_codebook(
     values: tuple[int, int],
     mapped: bool = True,
     mixed: bool = False,
+    rebase: int = 0,
 ) -> Codebook:
     """Normal centroids, invertible transforms, a layer and head; `keys` and `values` are (M, nbits).
 
     mixed: the other way around in every other layer.
+    rebase: tokens of the blocks that keys are relative to; 0: they are coded as they lie.
     """
     model_print = fingerprint(model)
     generator = torch.Generator().manual_seed(4)
@@ -49,4 +54,7 @@ def random_codebook(
         key_error=[],
         value_error=[],
     )
-    return Codebook(side(keys, values), side(values, keys), meta)
+    of_keys = side(keys, values)
+    if rebase:
+        of_keys = replace(of_keys, rebases=Rotary(model).rebases(rebase))
+    return Codebook(of_keys, side(values, keys), meta)

@@ -18,6 +18,7 @@ from transformers.masking_utils import sdpa_mask
 
 from million_cli.hf.models import random_model
 from million_cli.pq.codebook import Codebook, ProductQuantizer
+from million_cli.pq.rebase import Rebase
 from million_cli.spec import WindowSpec
 
 VOCABULARY = 61
@@ -75,18 +76,21 @@ def new_model(architecture: str = "llama", seed: int = 0) -> PreTrainedModel:
 
 
 @cache
-def codebook_for(architecture: str = "llama", mapped: bool = True) -> Codebook:
+def codebook_for(architecture: str = "llama", mapped: bool = True, rebase: int = 0) -> Codebook:
     """Random centroids and transforms: keys in 8 subspaces of 5 bits, values in 4 of 8 bits."""
-    return random_codebook(tiny_model(architecture), (8, 5), (4, 8), mapped)
+    return random_codebook(tiny_model(architecture), (8, 5), (4, 8), mapped, rebase=rebase)
 
 
 def random_ids(B: int, T: int, seed: int = 0) -> Tensor:
     return torch.randint(3, VOCABULARY, (B, T), generator=torch.Generator().manual_seed(seed))
 
 
-def quantise(x: Tensor, quantizer: ProductQuantizer, layer: int) -> Tensor:
-    """`[B, Hkv, T, D]` replaced by nearest centroids, by the definition."""
+def quantise(x: Tensor, quantizer: ProductQuantizer, layer: int, start: int = 0) -> Tensor:
+    """`[B, Hkv, T, D]`, tokens from `start` on, replaced by nearest centroids, by the definition."""
     B, Hkv, T, D = x.shape
+    rebase = quantizer.rebases[layer] if quantizer.rebases else None
+    if rebase is not None:
+        x = from_origin(x, rebase, start, -1)
     spec, result = quantizer.specs[layer], torch.empty_like(x)
     for head in range(Hkv):
         there = back = torch.eye(D).double()
@@ -104,7 +108,24 @@ def quantise(x: Tensor, quantizer: ProductQuantizer, layer: int) -> Tensor:
         )
         decoded = torch.stack([centroids[m][nearest[m]] for m in range(spec.M)], dim=1)
         result[:, head] = decoded.reshape(B, T, D) @ back
-    return result
+    return result if rebase is None else from_origin(result, rebase, start, 1)
+
+
+def from_origin(x: Tensor, rebase: Rebase, start: int, sign: int) -> Tensor:
+    """float64 keys `[B, Hkv, T, D]` turned by the angles of their blocks' origins, on (1) or back (-1).
+
+    Pairs of dimensions as complex numbers, which is how the rotation is defined.
+    """
+    n, x = len(rebase.frequencies), x.clone()
+    first, second = (
+        (slice(n), slice(n, 2 * n)) if rebase.layout == "halves" else (slice(0, 2 * n, 2), slice(1, 2 * n, 2))
+    )
+    origins = torch.arange(start, start + x.shape[2]).double() // rebase.every * rebase.every
+    angles = sign * origins[:, None] * rebase.frequencies
+    z = torch.complex(x[..., first], x[..., second]) * torch.polar(torch.ones_like(angles), angles)
+    z = z * rebase.gain**sign
+    x[..., first], x[..., second] = z.real, z.imag
+    return x
 
 
 class ReferenceLayer(DynamicLayer):
@@ -127,7 +148,7 @@ class ReferenceLayer(DynamicLayer):
     def _quantised(self, x: Tensor, quantizer: ProductQuantizer, start: int, stop: int) -> Tensor:
         if start == stop:
             return x
-        middle = quantise(x[:, :, start:stop], quantizer, self._position)
+        middle = quantise(x[:, :, start:stop], quantizer, self._position, start)
         return torch.cat([x[:, :, :start], middle, x[:, :, stop:]], dim=2)
 
 

@@ -57,6 +57,7 @@ class TorchOps:
         layer.key_window[:, :, slot], layer.value_window[:, :, slot] = keys, values
         stop, P = window.coded_length(length), window.page_size
         if stop > window.coded_length(length - 1):
+            self._check_key_map(layer, stop - P)
             slots = torch.arange(stop - P, stop) % window.residual
             self._encode(layer, layer.key_window[:, :, slots], layer.value_window[:, :, slots], stop - P)
 
@@ -86,6 +87,17 @@ class TorchOps:
             first_valid=first_valid,
         )
         return output[:, :, 0]
+
+    def _check_key_map(self, layer: DeviceLayer, start: int) -> None:
+        """A kernel maps the keys of the page at `start` by the one matrix it is given."""
+        pq = layer.pq_keys
+        if pq.rebase is None:
+            return
+        assert layer.key_map is not None
+        expected = pq.rebase.matrix(start // pq.rebase.every, pq.spec.head_dim)[None]
+        if pq.transform is not None:
+            expected = expected @ pq.transform.encode
+        torch.testing.assert_close(layer.key_map, expected)
 
     def _window(self, layer: DeviceLayer) -> tuple[WindowSpec, int]:
         (length,) = set(layer.lengths.tolist())

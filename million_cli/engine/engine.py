@@ -350,8 +350,7 @@ class Engine:
             graph.replay()
             self.steps.stepped()
         else:
-            self.steps.prepare(key)
-            self._step()
+            self._step(key)
         self.length += 1
         self._pending = True
         return self._tokens[:, 0]
@@ -410,9 +409,10 @@ class Engine:
         self._tokens.copy_(self.sampler(self.logits)[:, None])
         self._positions.add_(1)
 
-    def _step(self) -> None:
+    def _step(self, key: Hashable) -> None:
         assert self.steps is not None
         try:
+            self.steps.prepare(key)
             self._launch()
         except KernelFailed as error:
             assert isinstance(self.steps, PQSteps)

@@ -50,7 +50,7 @@ class Rotary:
         self._config = model.config.get_text_config(decoder=True)
         self._device = model.device
         self._modules = _modules(model)
-        self._kinds = _kinds(self._config, full_attention_layers(model.config), len(self._modules))
+        self._kinds = _kinds(self._config, full_attention_layers(model.config), self._modules)
         self._tables: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self.context = int(getattr(self._config, "max_position_embeddings", None) or _LONGEST)
         self.layouts = list(layouts) if layouts is not None else self._probe(model)
@@ -161,8 +161,9 @@ class Rotary:
 
 def _modules(model: PreTrainedModel) -> list[tuple[nn.Module, dict[str, Any]]]:
     """The decoder's rotary modules with the layer type each is asked for; none if it has none of its own."""
-    decoder = model.get_decoder()
-    module = getattr(decoder, "rotary_emb", None)
+    decoder: Any = model.get_decoder()
+    owner = decoder if hasattr(decoder, "rotary_emb") else getattr(decoder, "model", None)  # Llama 4
+    module = getattr(owner, "rotary_emb", None)
     if not isinstance(module, nn.Module):
         return []
     rope_type = getattr(module, "rope_type", None)
@@ -171,12 +172,11 @@ def _modules(model: PreTrainedModel) -> list[tuple[nn.Module, dict[str, Any]]]:
     return [(module, {})]
 
 
-def _kinds(config: Any, layers: Sequence[int], modules: int) -> list[int]:
+def _kinds(config: Any, layers: Sequence[int], modules: list[tuple[nn.Module, dict[str, Any]]]) -> list[int]:
     """For each full-attention layer, which of `_modules` serves it."""
-    if modules < 2:
+    if len(modules) < 2:
         return [0] * len(layers)
-    types = list(dict.fromkeys(config.layer_types))
-    order = [kind for kind in config.rope_parameters if kind in types]
+    order = [options["layer_type"] for _, options in modules]
     return [order.index(config.layer_types[index]) for index in layers]
 
 
@@ -214,9 +214,12 @@ def _keys(model: PreTrainedModel, ids: Tensor, offset: int) -> list[Tensor]:
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
-    """Relative error of a typical token: rounding may send a few to other experts."""
+    """Relative error of a typical token: rounding may send a few to other experts.
+
+    Padding tokens are zero vectors in the first layer; they count as equal.
+    """
     a, b = a.double(), b.double()
-    return float(((a - b).norm(dim=-1) / b.norm(dim=-1)).median())
+    return float(((a - b).norm(dim=-1) / b.norm(dim=-1).clamp_min(torch.finfo(b.dtype).tiny)).median())
 
 
 def served(codebook: Codebook, model: PreTrainedModel) -> Codebook:

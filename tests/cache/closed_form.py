@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from million_cli.cache.store import CodeStore
 from million_cli.pq.codebook import LayerPQ
 from million_cli.pq.codec import decode, encode
+from million_cli.pq.rebase import LAYOUTS, Rebase
 from million_cli.pq.transform import Transform
 from million_cli.spec import CodeSpec, WindowSpec
 
@@ -35,13 +37,21 @@ def random_layers(
     heads: int = HKV,
     map_heads: int = HKV,
     head_dim: int = D,
+    rebase: int = 0,
 ) -> list[tuple[LayerPQ, LayerPQ]]:
-    """Quantizers of n layers; `keys` and `values` are (M, nbits), the other way around in odd layers."""
+    """Quantizers of n layers; `keys` and `values` are (M, nbits), the other way around in odd layers.
+
+    rebase: tokens of the blocks that keys are relative to, rotated in part, in either layout; 0: none.
+    """
     sides = CodeSpec(head_dim, *keys), CodeSpec(head_dim, *values)
     layers = []
     for i in range(n):
         k, v = sides[:: -1 if i % 2 else 1]
-        layers.append((random_pq(k, heads, map_heads, 2 * i), random_pq(v, heads, map_heads, 2 * i + 1)))
+        of_keys = random_pq(k, heads, map_heads, 2 * i)
+        if rebase:
+            frequencies = 0.3 ** torch.arange(head_dim // 2 - 1, dtype=torch.float64)
+            of_keys = replace(of_keys, rebase=Rebase(rebase, frequencies, LAYOUTS[i % 2], gain=1.25))
+        layers.append((of_keys, random_pq(v, heads, map_heads, 2 * i + 1)))
     return layers
 
 
@@ -57,16 +67,16 @@ def random_qkv(
     return q, k, v
 
 
-def coded_vectors(x: Tensor, pq: LayerPQ) -> Tensor:
-    """What is left of x `[B, Hkv, T, D]` after coding, mapped back, in its dtype."""
-    return decode(encode(x, pq), pq, x.dtype)
+def coded_vectors(x: Tensor, pq: LayerPQ, start: int = 0) -> Tensor:
+    """What is left of x `[B, Hkv, T, D]`, tokens from `start` on, after coding, mapped back, in its dtype."""
+    return decode(encode(x, pq, start=start), pq, x.dtype, start=start)
 
 
 def cropped(x: Tensor, pq: LayerPQ, window: WindowSpec, length: int) -> Tensor:
     """What a store of x `[B, Hkv, T, D]` holds after crop(length): what leaves the codes stays coarse."""
     coded, length = window.coded_length(x.shape[2]), min(length, x.shape[2])
     x, again_exact = x[:, :, :length].clone(), slice(window.coded_length(length), coded)
-    x[:, :, again_exact] = coded_vectors(x[:, :, again_exact], pq)
+    x[:, :, again_exact] = coded_vectors(x[:, :, again_exact], pq, again_exact.start)
     return x
 
 

@@ -54,6 +54,10 @@ QUANTIZERS = {
     "per head, mapped": {},
     "keys finer": {"keys": (8, 5), "values": (2, 3), "heads": HKV, "map_heads": 1},
     "codes of two bytes": {"keys": (4, 9), "values": (2, 10), "heads": 1, "map_heads": HKV},
+    "blocks of a page": {"rebase": 16},
+    "blocks of two pages, no map": {"rebase": 32, "map_heads": 0},
+    "blocks of three pages": {"rebase": 48, "heads": 1, "map_heads": 1},
+    "blocks of four pages, neighbours": {"rebase": 64, "n": 2},
 }
 PADDED = torch.tensor([0, 37])
 CASES = [
@@ -63,6 +67,7 @@ CASES = [
     ("per head, mapped", 2, SMALL, {"first_valid": PADDED}),
     ("per head, mapped", 2, SMALL, {"softcap": 1.5}),
     ("per head, mapped", 2, SMALL, {"mask": "padded"}),
+    ("blocks of two pages, no map", 2, SMALL, {"first_valid": PADDED, "softcap": 1.5}),
 ]
 
 
@@ -78,11 +83,12 @@ def test_one_quantized_pass_equals_steps_equals_the_closed_form(quantizer, G, wi
     T = window.residual + 3 * window.page_size + 5
     layers = random_layers(**QUANTIZERS[quantizer])
     q, k, v = random_qkv(T, G=G)
-    options = with_mask(options, T)
+    options = dict(with_mask(options, T))
     expected = dense_attention(
-        q, k, v, layers[0], [window.coded_length(t + 1) for t in range(T)], scale=0.5, **options
+        q, k, v, layers[-1], [window.coded_length(t + 1) for t in range(T)], scale=0.5, **options
     )
     one_pass, steps, chunks = [], [], []
+    options["layer"] = len(layers) - 1
     for Store in STORES:
         one_pass.append(feed(Store(layers, window, prefill="quantized"), q, k, v, [T], **options))
         steps.append(feed(Store(layers, window), q, k, v, [1] * T, **options))
@@ -116,11 +122,12 @@ def test_first_exact_prefill_hands_the_new_tensors_on():
 
 
 @pytest.mark.parametrize("prefill", ["exact", "quantized"])
+@pytest.mark.parametrize("rebase", [0, 32])
 @pytest.mark.parametrize("Store", STORES)
-def test_how_tokens_arrive_does_not_matter(Store, prefill):
+def test_how_tokens_arrive_does_not_matter(Store, rebase, prefill):
     _, k, v = random_qkv(131)
     for sizes in ([131], [1] * 131, [31, 1, 1, 33, 64, 1], [16] * 8 + [3]):
-        store, start = Store(random_layers(), SMALL, prefill=prefill), 0
+        store, start = Store(random_layers(rebase=rebase), SMALL, prefill=prefill), 0
         for n in sizes:
             store.append(0, k[:, :, start : start + n], v[:, :, start : start + n])
             start += n
@@ -164,9 +171,10 @@ def test_layers_are_separate():
 
 
 @pytest.mark.parametrize("Store", STORES)
+@pytest.mark.parametrize("rebase", [0, 16, 48])  # most crops end in an earlier block
 @pytest.mark.parametrize("length", [0, 7, 31, 40, 63, 64, 99, 100, 200])
-def test_crop_keeps_the_closed_form_and_the_text_goes_on(Store, length):
-    layers, (_, k, v), (_, k2, v2) = random_layers(), random_qkv(100), random_qkv(50, seed=1)
+def test_crop_keeps_the_closed_form_and_the_text_goes_on(Store, length, rebase):
+    layers, (_, k, v), (_, k2, v2) = random_layers(rebase=rebase), random_qkv(100), random_qkv(50, seed=1)
     store = Store(layers, SMALL)
     store.append(0, k, v)
     store.crop(length)

@@ -38,14 +38,16 @@ class Stores(RuleBasedStateMachine):
         max_pages=st.sampled_from([None, 8, 40]),
         mapped=st.booleans(),
         ops=st.sampled_from([None, "other layouts", "fragments"]),
+        pages_a_block=st.integers(0, 4),
         seed=st.integers(0, 1 << 20),
     )
-    def start(self, window, prefill, max_pages, mapped, ops, seed):
+    def start(self, window, prefill, max_pages, mapped, ops, pages_a_block, seed):
         torch.manual_seed(seed)
         self.window, self.prefill = window, prefill
         codes = {"keys": (32, 8), "values": (16, 8)} if ops == "fragments" else {"values": (2, 5)}
         self.head_dim = 64 if ops == "fragments" else D
-        self.layers = random_layers(LAYERS, map_heads=HKV if mapped else 0, head_dim=self.head_dim, **codes)
+        codes |= {"map_heads": HKV if mapped else 0, "rebase": pages_a_block * window.page_size}
+        self.layers = random_layers(LAYERS, head_dim=self.head_dim, **codes)
         self.contiguous = ContiguousStore(
             self.layers, window, prefill=prefill, ops=TorchOps("contiguous") if ops else None
         )
@@ -109,6 +111,8 @@ class Stores(RuleBasedStateMachine):
             return
         for _ in range(steps):
             start = self.length()
+            for store in stores:
+                store.prepare_steps()
             for layer in range(LAYERS):
                 k, v = torch.randn(2, self.batch, HKV, self.head_dim, dtype=torch.float64)
                 q = torch.randn(self.batch, HKV * G, self.head_dim, dtype=torch.float64)
