@@ -34,7 +34,9 @@ class Sampling:
     Attributes:
         tokens: read at most that many of the text (which may be shorter); code and repeats come on top.
         context: length of the windows the text is read in; null is the model's trained context, at most 2048.
-        batch: windows at once.
+        long: length of the longest windows, at most the model's trained context.
+        long_share: of the text, about, that is read in such windows, as far as it fills them.
+        batch: windows at once, fewer where a GPU's memory asks for it.
         reservoir: vectors kept per layer and KV head, for keys and for values.
         repeats: share of windows, beside those of the text, of random tokens that repeat themselves: whatever
             the text is, they show how the model's heads copy.
@@ -45,15 +47,19 @@ class Sampling:
 
     tokens: int = 65_536
     context: int | None = None
-    batch: int = 4
+    long: int = 8192
+    long_share: float = 0.1
+    batch: int = 8
     reservoir: int = 32_768
     repeats: float = 0.1
     code: float = 0.3
     information: int = 131_072
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "batch", "reservoir"):
+        for name in ("tokens", "long", "batch", "reservoir"):
             at_least(f"sample.{name}", getattr(self, name), 1)
+        if not 0 <= self.long_share < 1:
+            raise UserError(f"sample.long_share={self.long_share}: accepted are shares from 0, below 1")
         if self.context is not None:
             at_least("sample.context", self.context, 2)
         if min(self.repeats, self.code) < 0 or self.repeats + self.code >= 1:
@@ -187,8 +193,8 @@ class Training:
         alternations: of k-means (torch's) and rotation, if that is `opq`; 0 leaves its parametric form.
         max_samples_per_centroid: more samples than this times C are thinned at random (256 is FAISS's limit).
         held_out: share of the samples that errors are measured on, and that do not train.
-        measured: tokens, about, of text and code on which the divergence predicted for `quantizer.bits` is
-            checked, layer by layer and side; 0 leaves the prediction as it is.
+        measured: tokens, about, on which the divergence predicted for `quantizer.bits` is checked, layer by
+            layer and side: text and code, and long windows with far copies; 0 leaves the prediction as it is.
     """
 
     trainer: str = "torch"
@@ -197,7 +203,7 @@ class Training:
     alternations: int = 0
     max_samples_per_centroid: int = 256
     held_out: float = 0.0625
-    measured: int = 4096
+    measured: int = 8192
 
     def __post_init__(self) -> None:
         check("train.trainer", self.trainer, TRAINERS)

@@ -16,12 +16,17 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from million_cli.calibration.information import Information, NoGradients, mean_of_state
+from million_cli.calibration.information import (
+    Information,
+    NoGradients,
+    mean_of_state,
+    windows_at_once,
+)
 from million_cli.calibration.measured import Measure
 from million_cli.calibration.moving import MovedKeys, Positions
 from million_cli.calibration.samples import Sampled, Samples
 from million_cli.calibration.sampling import SamplingCache, read_text
-from million_cli.calibration.windows import CODE, batches, calibration_windows
+from million_cli.calibration.windows import CODE, batches, calibration_windows, measuring_windows
 from million_cli.errors import UserError
 from million_cli.hf.models import fingerprint
 from million_cli.hf.rotary import Rotary
@@ -29,7 +34,7 @@ from million_cli.pq import Codebook, Setup
 from million_cli.pq import train_codebook as train_on_samples
 from million_cli.pq.rebase import Rebase
 from million_cli.progress import progress
-from million_cli.recipe import Recipe
+from million_cli.recipe import Recipe, Sampling
 from million_cli.spec import WindowSpec
 from million_cli.text import Text, load_text
 
@@ -102,7 +107,7 @@ class Calibration:
     @cached_property
     def windows(self) -> list[Tensor]:
         """Token ids `[T]` of each window that is read."""
-        return self._windows()
+        return calibration_windows(*self._reading)
 
     def sample(self, folder: Path | None = None, resume: bool = True) -> Sampled:
         """Read the text and sample K and V, or go on with it, or find it done.
@@ -219,39 +224,28 @@ class Calibration:
             return None
         return Measure(
             self.model,
-            partial(self._windows, repeats=False),  # repetitions ask for another mix, worse on all else
-            measured,
+            partial(measuring_windows, *self._reading, measured),
             self.window,
             self.recipe.sample.batch,
             self.shown,
             rebases,
         )
 
-    def _observe(self, cache: SamplingCache, information: Information, ids: Tensor, wanted: int) -> int:
-        """Sample windows `[B, T]` and gather their information in one pass.
-
-        Returns:
-            `wanted`, or 0 if the model gives no gradients.
-        """
-        first = cache.seen
-        cache.reset()
+    def _observe(self, cache: SamplingCache, information: Information, ids: Tensor) -> bool:
+        """Sample windows `[B, T]` and gather their information in one pass; False: it gives no gradients."""
         try:
-            squares = information.read(ids, cache.offer)
+            for part in ids.split(windows_at_once(self.model, ids.shape[1])):
+                cache.take(information.read(part))
         except NoGradients as error:
             logger.warning("codebooks will be trained without Fisher information: %s", error)
             information.forget()
-            if cache.seen == first:
-                read_text(self.model, cache, ids)
-            return 0
-        for row in range(len(ids)):
-            of_row = [(keys[row : row + 1], values[row : row + 1]) for keys, values in squares]
-            cache.weigh(of_row, first + row, len(ids))
-        return wanted
+            return False
+        return True
 
-    def _windows(self, repeats: bool = True) -> list[Tensor]:
-        return calibration_windows(
-            self.model, self.tokenizer, self.text, self.recipe.sample, self.seed, repeats
-        )
+    @property
+    def _reading(self) -> tuple[PreTrainedModel, Any, Text, Sampling, int]:
+        """What decides the windows."""
+        return self.model, self.tokenizer, self.text, self.recipe.sample, self.seed
 
     @cached_property
     def _inputs(self) -> str:
@@ -282,10 +276,11 @@ class Calibration:
         with progress(total, "sampling", "tok", self.shown) as bar:
             bar.update(cache.seen)
             for ids in batches(windows[done:], self.recipe.sample.batch):
-                if information.read_tokens + ids.numel() <= wanted:
-                    wanted = self._observe(cache, information, ids, wanted)
-                else:
-                    read_text(self.model, cache, ids)
+                observed = max(0, wanted - information.read_tokens) // ids.shape[1]
+                if observed and not self._observe(cache, information, ids[:observed]):
+                    observed = wanted = 0
+                if observed < len(ids):
+                    read_text(self.model, cache, ids[observed:])
                 bar.update(ids.numel())
                 done += len(ids)
                 if done < len(windows) and time.monotonic() - saved > SAVE_EVERY_S:

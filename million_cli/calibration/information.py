@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,8 +24,19 @@ from million_cli.hf.models import fingerprint
 from million_cli.hf.rotary import Rotary
 from million_cli.spec import WindowSpec
 
-Squares = tuple[Tensor, Tensor]
-"""|g|^2 of the coded keys and values of a layer, float32 `[B, Hkv, coded]` each."""
+
+@dataclass(frozen=True)
+class Observed:
+    """One layer of a batch of windows.
+
+    keys, values: `[B, Hkv, T, D]`, keys after RoPE; squares: |g|^2 of keys and of values, float32
+    `[2, B, Hkv, T]`, -1 for tokens that are not coded.
+    """
+
+    keys: Tensor
+    values: Tensor
+    squares: Tensor
+
 
 _LOGITS = 1 << 24  # elements of the distributions that are looked at together
 _HALF_SCALES = (2.0**-4, 2.0**-10, 2.0**-16)
@@ -69,36 +81,33 @@ class Information:
         self._vectors = 0  # of each head
         self.read_tokens = self._windows = 0
 
-    def read(
-        self, input_ids: Tensor, observe: Callable[[int, Tensor, Tensor, int], None] | None = None
-    ) -> list[Squares]:
+    def read(self, input_ids: Tensor) -> list[Observed]:
         """Add the vectors of texts `[B, T]` int64; those of a text too short to be coded add nothing.
 
         The weights get no gradients.  Memory is that of the activations of one forward pass.
 
-        Args:
-            observe: is given the K and V of each layer on the way, see `SimulatedCache`.
-
         Returns:
-            The squared gradients of each layer, of the tokens from the first to the last that is coded.
+            For each full-attention layer, what sampling needs of it.
 
         Raises:
             NoGradients: the model's layers do not pass gradients on, or give NaN or infinity.
         """
         half = self._model.dtype == torch.float16
+        vectors: list[tuple[Tensor, Tensor]] = []
         for scale in _HALF_SCALES if half else (1.0,):
-            gradients = self._gradients(input_ids, scale, observe)
-            observe = None  # once is enough
+            vectors = []
+            gradients = self._gradients(input_ids, scale, vectors)
             if bool(torch.stack([g.isfinite().all() for g in gradients]).all() if gradients else True):
                 break
         else:
             raise NoGradients(f"gradients hold NaN or infinity in {self._model.dtype}")
         self.read_tokens += input_ids.numel()
         self._windows += len(input_ids)
-        squares = []
+        B, Hkv, T, _ = vectors[0][0].shape
+        squares = torch.full((len(vectors), 2, B, Hkv, T), -1.0, device=vectors[0][0].device)
         for i, gradient in enumerate(gradients):
             layer, g = i // 2, gradient.flatten(2, 3).float() / scale  # [B, Hkv, coded, D]
-            squares.append(g.square().sum(-1))
+            squares[layer, i % 2, :, :, : g.shape[2]] = g.square().sum(-1)
             if i % 2:
                 self._add("values", layer, g)
                 continue
@@ -110,7 +119,7 @@ class Information:
             self._add("keys", layer, g)
         if gradients:
             self._vectors += gradients[0][:, 0].flatten(0, -2).shape[0]
-        return list(zip(squares[::2], squares[1::2], strict=True))
+        return [Observed(*both, of_layer) for both, of_layer in zip(vectors, squares, strict=True)]
 
     def _add(self, of: str, layer: int, g: Tensor) -> None:
         """Add the moments of gradients `[B, Hkv, N, D]`."""
@@ -119,12 +128,16 @@ class Information:
         self._sums[of][layer] += (g.mT @ g).double()
 
     def _gradients(
-        self,
-        input_ids: Tensor,
-        scale: float,
-        observe: Callable[[int, Tensor, Tensor, int], None] | None,
+        self, input_ids: Tensor, scale: float, vectors: list[tuple[Tensor, Tensor]]
     ) -> list[Tensor]:
-        """Gradients of `scale` times the likelihood, `[B, Hkv, pages, P, D]`: keys, values of each layer."""
+        """Gradients of `scale` times the likelihood, `[B, Hkv, pages, P, D]`: keys, values of each layer.
+
+        K and V of each layer are put into `vectors`.
+        """
+
+        def observe(layer: int, keys: Tensor, values: Tensor, start: int) -> None:
+            vectors.append((keys.detach(), values.detach()))
+
         model = self._model
         taps = [_Tap() for _ in self._sums["keys"]]
         cache = SimulatedCache(model, taps, self._window, prefill="quantized", observe=observe)
@@ -195,6 +208,22 @@ def mean_of_state(
         return None
     keys = state["keys"] if turned is None else turned(state["keys"])
     return (keys + state["first_keys"]) / vectors, state["values"] / vectors
+
+
+def windows_at_once(model: PreTrainedModel, tokens: int) -> int:
+    """Windows of so many tokens whose backward pass is sure to fit beside the model, at least one.
+
+    A GPU may spend 0.4 of its memory on activations.  A layer of a Llama keeps about 16 vectors of the hidden
+    size and 4 of the MLP's a token (SmolLM2: 13.6 GiB for 16,384 tokens).  On a CPU windows go one by one.
+    """
+    if model.device.type != "cuda":
+        return 1
+    config = model.config.get_text_config(decoder=True)
+    hidden = int(config.hidden_size)
+    inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
+    bytes_a_token = model.dtype.itemsize * config.num_hidden_layers * (16 * hidden + 4 * inner)
+    free = 0.4 * torch.cuda.get_device_properties(model.device).total_memory
+    return max(1, int(free / (bytes_a_token * tokens)))
 
 
 class _Tap:

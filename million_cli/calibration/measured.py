@@ -26,12 +26,11 @@ class Measure:
     """The KL divergence of the next-token distribution from the dense model's, by what is coded.
 
     Calling it with a side ("keys" or "values"), the position of a full-attention layer and a quantizer gives
-    the mean over about `tokens` predictions, in nats, when these vectors alone are coded behind the window.
+    the mean over all predictions, in nats, when these vectors alone are coded behind the window.
 
     Args:
         model: to measure.
         windows: gives the windows to read, `[T]` each, when the first measurement needs them.
-        tokens: of whole windows, at least one, spread evenly over those given.
         window: of the cache that is simulated.
         batch: windows at once.
         shown: whether a progress bar is.
@@ -42,13 +41,12 @@ class Measure:
         self,
         model: PreTrainedModel,
         windows: Callable[[], Sequence[Tensor]],
-        tokens: int,
         window: WindowSpec,
         batch: int,
         shown: bool = True,
         rebases: Sequence[Rebase | None] = (),
     ) -> None:
-        self._model, self._windows, self._tokens = model, windows, tokens
+        self._model, self._windows = model, windows
         self._window, self._batch, self._shown = window, batch, shown
         self._rebases = rebases
         self._layers = len(fingerprint(model).layers)
@@ -73,15 +71,11 @@ class Measure:
     @cached_property
     def dense(self) -> list[tuple[Tensor, Tensor]]:
         """The windows read, `[B, T]`, and the dense model's logits `[B, T - 1, V]` on them."""
-        windows = self._windows()
-        wanted = self._tokens * len(windows) // sum(len(ids) for ids in windows)
-        wanted = max(1, min(len(windows), wanted))
-        at = ((torch.arange(wanted) + 0.5) * len(windows) / wanted).long().tolist()
         model = self._model
         with torch.inference_mode():
             return [
                 (ids, read_at_once(model, ids[:, :-1], DynamicCache(config=model.config)))
-                for ids in (part.to(model.device) for part in batches([windows[i] for i in at], self._batch))
+                for ids in (part.to(model.device) for part in batches(self._windows(), self._batch))
             ]
 
     @cached_property

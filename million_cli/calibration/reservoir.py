@@ -50,6 +50,7 @@ class Reservoir:
         values: torch.Tensor,
         mask: torch.Tensor | None = None,
         positions: torch.Tensor | None = None,
+        squares: torch.Tensor | None = None,
     ) -> None:
         """Offer the tokens of a chunk.
 
@@ -59,6 +60,8 @@ class Reservoir:
             mask: `[B, N]` bool, False for padding, which is neither counted nor kept; None keeps all.
             positions: `[B, N]` or `[1, N]` int64, each token's position in its text, which RoPE has turned
                 its key to; None counts from 0.
+            squares: float `[2, B, Hkv, N]`, squared gradients of keys and of values, -1 where not known; None
+                knows none.
 
         Raises:
             UserError: a token that would be kept holds NaN or infinity.
@@ -85,30 +88,15 @@ class Reservoir:
         stays[kept] = True
         entering = np.flatnonzero(stays[old:])
         slots = np.concatenate([np.flatnonzero(~stays[:old]), np.arange(old, len(kept))])
-        self._write(slots, keys, values, real[entering])
+        self._write(slots, keys, values, real[entering], squares)
         self._priorities = _put(priorities[:old], slots, priorities[old:][entering])
         self._numbers = _put(self._numbers, slots, numbers[entering])
         self._positions = _put(self._positions, slots, places[real[entering]])
 
-    @torch.inference_mode()  # the store may have been allocated in it
-    def weigh(self, numbers: np.ndarray, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Note squared gradients of tokens (see `Information.read`); those not kept are passed over.
-
-        Args:
-            numbers: `[t]`, which tokens, counted from the first that was ever offered.
-            keys: `[Hkv, t]`, of their keys.
-            values: `[Hkv, t]`, of their values.
-        """
-        _, slots, found = np.intersect1d(self._numbers, numbers, assume_unique=True, return_indices=True)
-        if self._squares is not None and len(found):
-            at = torch.from_numpy(found).to(keys.device)
-            noted = torch.stack([keys[:, at], values[:, at]]).float().cpu()
-            self._squares[:, :, torch.from_numpy(slots)] = noted
-
     def squares(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Squared gradients of the sampled keys and values, float32 `[Hkv, n]`, as `contents` orders them.
 
-        -1 where nothing was noted.
+        -1 where not known.
 
         Raises:
             UserError: no token was seen yet.
@@ -167,7 +155,15 @@ class Reservoir:
         self._generator.advance(self.seen // 4)  # one step of Philox makes four outputs
         self._generator.random_raw(self.seen % 4)
 
-    def _write(self, slots: np.ndarray, keys: torch.Tensor, values: torch.Tensor, chosen: np.ndarray) -> None:
+    @torch.no_grad()
+    def _write(
+        self,
+        slots: np.ndarray,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        chosen: np.ndarray,
+        squares: torch.Tensor | None,
+    ) -> None:
         B = keys.shape[0]
         row = torch.from_numpy(chosen % B).to(keys.device)
         position = torch.from_numpy(chosen // B).to(keys.device)
@@ -183,7 +179,8 @@ class Reservoir:
         at = torch.from_numpy(slots)
         self._keys[:, at] = new_keys.contiguous().cpu()  # type: ignore[index]
         self._values[:, at] = new_values.contiguous().cpu()  # type: ignore[index]
-        self._squares[:, :, at] = -1.0  # type: ignore[index]
+        noted = -1.0 if squares is None else squares[:, row, :, position].permute(1, 2, 0).float().cpu()
+        self._squares[:, :, at] = noted  # type: ignore[index]
 
     def _allocate(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         if self._keys is None:

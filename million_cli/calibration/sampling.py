@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from million_cli.calibration.information import Information, Squares
+from million_cli.calibration.information import Information, Observed
 from million_cli.calibration.reservoir import Reservoir
 from million_cli.calibration.samples import FORMAT, INFORMATION, MANIFEST, Sampled, Samples, read_manifest
 from million_cli.errors import UserError
@@ -102,16 +101,16 @@ class SamplingCache(Cache):
         for layer in self.layers:
             reset_dense_layer(layer)
 
-    def weigh(self, squares: Sequence[Squares], first: int, stride: int = 1) -> None:
-        """Note what `Information.read` gave for one text, which was sampled without padding.
-
-        Args:
-            squares: `[1, Hkv, coded]` of keys and of values, for each layer; none if the text was too short.
-            first: the text's first token, counted from the first that was ever sampled.
-            stride: texts that were sampled in one batch: their tokens alternate.
-        """
-        for reservoir, (keys, values) in zip(self.reservoirs.values(), squares, strict=False):
-            reservoir.weigh(first + stride * np.arange(keys.shape[-1]), keys[0], values[0])
+    def take(self, observed: Sequence[Observed]) -> None:
+        """Offer whole windows as `Information.read` saw them: window after window, whatever the batch."""
+        for layer, (reservoir, seen) in enumerate(zip(self.reservoirs.values(), observed, strict=True)):
+            B, _, T, _ = seen.keys.shape
+            positions, keys = torch.arange(T, device=seen.keys.device), seen.keys
+            if self.rotary is not None:
+                keys = self.rotary.to_origin(layer, keys, positions, T)
+            keys, values = (x.transpose(0, 1).flatten(1, 2)[None] for x in (keys, seen.values))
+            squares = seen.squares.transpose(1, 2).flatten(2, 3)[:, None]
+            reservoir.add(keys, values, None, positions.repeat(B)[None], squares)
 
     def squares(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Squared gradients of the samples of keys and of values, `[L, Hkv, n]`; -1 where not known.

@@ -128,11 +128,13 @@ def test_a_model_that_passes_no_gradients_says_so(monkeypatch: pytest.MonkeyPatc
 def test_it_returns_the_squares_whose_mean_is_the_trace() -> None:
     model = tiny_model()
     information = Information(model, WINDOW)
-    squares = information.read(random_ids(1, T))
+    observed = information.read(random_ids(1, T))
     coded = WINDOW.coded_length(T)
     for side, F in enumerate(information.mean()):  # type: ignore[arg-type]
-        for layer, pair in enumerate(squares):
-            assert pair[side].shape == (1, 2, coded)
+        for layer, seen in enumerate(observed):
+            assert seen.keys.shape[:3] == seen.squares.shape[1:] == (1, 2, T)
+            squares = seen.squares[side, 0, :, :coded].double()
             trace = F[layer].diagonal(dim1=-2, dim2=-1).sum(-1)
-            torch.testing.assert_close(pair[side][0].double().mean(-1), trace, rtol=1e-5, atol=0)
-    assert information.read(random_ids(1, 20)) == []
+            torch.testing.assert_close(squares.mean(-1), trace, rtol=1e-5, atol=0)
+            assert (seen.squares[..., coded:] == -1).all()
+    assert all((seen.squares == -1).all() for seen in information.read(random_ids(1, 20)))

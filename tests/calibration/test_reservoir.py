@@ -124,9 +124,11 @@ def test_squares_stay_with_their_tokens() -> None:
     reservoir = Reservoir(12, 1, 0)
     keys, values = numbered(1, 40)
     for start in (0, 20):
-        reservoir.add(keys[:, :, start : start + 20], values[:, :, start : start + 20])
-        known = torch.arange(start, start + 15)  # the last five of a text are not coded
-        reservoir.weigh(known.numpy(), known.expand(2, 15).float(), 100 + known.expand(2, 15).float())
+        squares = torch.full((2, 1, 2, 20), -1.0)
+        known = torch.arange(start, start + 15).float()  # the last five of a text are not coded
+        squares[0, :, :, :15], squares[1, :, :, :15] = known, 100 + known
+        chunk = slice(start, start + 20)
+        reservoir.add(keys[:, :, chunk], values[:, :, chunk], squares=squares)
         resumed = Reservoir(12, 1, 0)
         resumed.restore(reservoir.state())
         reservoir = resumed
