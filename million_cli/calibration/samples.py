@@ -20,6 +20,7 @@ INFORMATION = "information"
 _FIELDS = {
     **dict.fromkeys(("generation", "samples", "seed", "seen"), int),
     **dict.fromkeys(("fingerprint", "shards", "progress"), dict),
+    "at_origin": bool,
 }
 FORMAT = 5  # 5: keys at position 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class PQSteps:
         self.marker = new_marker(self, device)
         self._expected = self._room = 0
         self._places: tuple[int, ...] = ()
+        self._prepared: Hashable = None
 
     def expect(self, length: int) -> None:
         self._expected = length
@@ -51,8 +53,11 @@ class PQSteps:
         return self._places
 
     def prepare(self, key: Hashable) -> None:
-        shape = self.cache.kv_shape
-        self.cache.steps.prime(shape.num_kv_heads * shape.group)
+        if key == self._prepared:
+            return
+        self._prepared, shape = key, self.cache.kv_shape
+        with suppress(KernelFailed):  # the step itself will say so
+            self.cache.steps.prime(shape.num_kv_heads * shape.group)
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, first_valid: Tensor | None, scale: float

@@ -123,6 +123,7 @@ def test_training_a_codebook_leaves_the_model_as_it_was():
     from million_cli import train_codebook
     from million_cli.hf.models import random_model
     from million_cli.pipelines.session import byte_tokenizer
+    from million_cli.recipe import Recipe
 
     shape = {"model_type": "llama", "vocab_size": 260, "hidden_size": 32, "intermediate_size": 48,
              "num_hidden_layers": 1, "num_attention_heads": 2}  # fmt: skip
@@ -131,8 +132,13 @@ def test_training_a_codebook_leaves_the_model_as_it_was():
     ids = random_ids(1, 20)
     expected = attentions(model, ids)
     text = "All work and no play makes a dull text. " * 60
-    train_codebook(model, byte_tokenizer(), text, M=4, nbits=4, samples=600)
+    recipe = Recipe.named(
+        "pq-4bit", "sample.reservoir=600", "quantizer.keys.nbits=4", "quantizer.values.nbits=4"
+    )
+    train_codebook(
+        model, byte_tokenizer(), text, recipe.override("quantizer.bits=null", "quantizer.keys.dsub=4")
+    )
     with pytest.raises(UserError):
-        train_codebook(model, byte_tokenizer(), "", M=4, nbits=4)
+        train_codebook(model, byte_tokenizer(), "", recipe)
     assert model.config._attn_implementation == "eager"
     assert torch.equal(attentions(model, ids)[0], expected[0])

@@ -31,16 +31,16 @@ def test_a_finished_sample_is_found_again(job, monkeypatch):
 
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_sample(job, tmp_path, monkeypatch):
     config = job(f"out={tmp_path}", "sample.batch=1")
-    read, calls = calibrate.read_text, []
+    read, calls = Information.read, []
 
-    def failing(model, cache, ids):
+    def failing(self, ids):
         calls.append(ids[0, :8].tolist())
         if len(calls) == 4:
             raise RuntimeError("power cut")
-        read(model, cache, ids)
+        return read(self, ids)
 
     monkeypatch.setattr(calibrate, "SAVE_EVERY_S", -1.0)
-    monkeypatch.setattr(calibrate, "read_text", failing)
+    monkeypatch.setattr(Information, "read", failing)
     with pytest.raises(RuntimeError, match="power cut"):
         sample(Session(config))
     folder = sample(Session(config))
@@ -97,16 +97,16 @@ def test_code_and_repetitions_are_spread_among_the_text(job):
 def test_information_goes_on_after_an_interruption(job, tmp_path, monkeypatch):
     straight = Samples(sample(Session(job("sample.batch=1")))).information()
     config = job(f"out={tmp_path}", "sample.batch=1")
-    read, calls = calibrate.read_text, []
+    read, calls = Information.read, []
 
     def failing(*arguments):
         calls.append(None)
         if len(calls) == 6:
             raise RuntimeError("power cut")
-        read(*arguments)
+        return read(*arguments)
 
     monkeypatch.setattr(calibrate, "SAVE_EVERY_S", -1.0)
-    monkeypatch.setattr(calibrate, "read_text", failing)
+    monkeypatch.setattr(Information, "read", failing)
     with pytest.raises(RuntimeError, match="power cut"):
         sample(Session(config))
     resumed = Samples(sample(Session(config))).information()
@@ -141,16 +141,8 @@ def test_squares_are_those_of_the_sampled_tokens(job):
     windows = calibration(session).windows
     information = Information(session.model, seed=config.seed)
     got = Samples(sample(session)).squares()[0][0]
-    batch, at = config.sample.batch, 0
-    for start in range(0, len(windows), batch):
-        rows = torch.stack(windows[start : start + batch])
-        expected = torch.full((got.shape[0], rows.shape[1], len(rows)), -1.0)
-        for row, window in enumerate(rows):
-            keys = information.read(window[None])[0][0][0]
-            expected[:, : keys.shape[1], row] = keys
-        torch.testing.assert_close(got[:, at : at + rows.numel()], expected.flatten(1), rtol=1e-4, atol=1e-12)
-        at += rows.numel()
-    assert at == got.shape[1]
+    expected = [information.read(window[None])[0].squares[0, 0] for window in windows]
+    torch.testing.assert_close(got, torch.cat(expected, 1), rtol=1e-4, atol=1e-12)
 
 
 def test_damaged_samples_are_one_line(job, tmp_path):
