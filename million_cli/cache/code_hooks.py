@@ -19,7 +19,7 @@ class CodeHooks(ABC):
     """The codes of a `CodeStore`, which calls these methods and keeps windows and lengths itself.
 
     Attributes:
-        name: of the kind of store.
+        name: the kind of store.
     """
 
     name: ClassVar[Store]
@@ -33,12 +33,12 @@ class CodeHooks(ABC):
     def _reserve(self, layer: int, coded: int, like: Tensor) -> None:
         """Make room for `coded` tokens of a layer; `like [B, Hkv, _, D]` gives sizes and device.
 
-        It may fail, and then the store is as it was.
+        If it fails, the store is unchanged.
         """
 
     @abstractmethod
     def _is_reserved(self, layer: int, coded: int) -> bool:
-        """Whether a layer has room for `coded` tokens that the device knows of."""
+        """Whether a layer has room for `coded` tokens, also in the device's tensors."""
 
     @abstractmethod
     def _write(self, layer: int, start: int, key_codes: Tensor, value_codes: Tensor) -> None:
@@ -54,7 +54,7 @@ class CodeHooks(ABC):
 
     @abstractmethod
     def _truncate(self) -> None:
-        """Lengths have shrunk: let go of codes past them."""
+        """Free the codes past the lengths, which have shrunk."""
 
     @abstractmethod
     def _take_codes(self, indices: Tensor) -> None:

@@ -20,7 +20,7 @@ class ContiguousStore(CodeStore):
 
     Args:
         max_length: tokens to reserve room for at the first append; a longer text still grows the buffers.
-            None: room for what is there, then a quarter more each time it is used up.
+            None: room for the tokens that are there, then a quarter more each time it is full.
     """
 
     name = "contiguous"

@@ -11,8 +11,8 @@ from million_cli.cache.modes import plain_no_grad
 class DeviceLengths:
     """One int32 tensor `[B]` a device, shared by its layers and changed in place: its address stays.
 
-    All sequences have the same length.  The host keeps the number that each tensor holds, so that it never
-    has to ask a device.
+    All sequences have the same length.  The host keeps the number that each tensor holds, so it never reads
+    from a device.
     """
 
     def __init__(self) -> None:

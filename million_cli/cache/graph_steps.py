@@ -1,4 +1,4 @@
-"""Decode steps of a store that a CUDA graph can hold: launches over tensors that stay where they are.
+"""Decode steps of a store for CUDA graphs: launches over tensors whose addresses stay the same.
 
 Letters: B batch, Hq/Hkv query and KV heads, D head_dim.
 """
@@ -19,16 +19,16 @@ class GraphSteps:
     """Steps of one token over a store that compiled operations serve; all state is the store's.
 
     The device counts tokens for itself while steps are replayed: `begin`, then `step` for each layer in order
-    and `stepped` after the last one.
+    and `advance` after the last one.
 
     Args:
-        store: with `ops`, every layer appended to.
+        store: a store with `ops`, whose layers have all been appended to.
     """
 
     store: CodeStore
 
     def begin(self) -> None:
-        """All layers hold the same tokens: bring the device's lengths up to date.
+        """Update the device's lengths; all layers hold the same tokens.
 
         Raises:
             PagePoolExhausted: see `CodeStore.reserve`.
@@ -47,8 +47,7 @@ class GraphSteps:
     ) -> Tensor:
         """One layer of a step: append a token and attend to all.
 
-        The first layer counts the token on the device; the host's counts are left alone.  Room is reserved
-        beforehand.
+        The first layer counts the token on the device; the host's counts stay.  The caller has reserved room.
 
         Args:
             query: `[B, Hq, D]`; k, v: `[B, Hkv, D]`.
@@ -70,8 +69,8 @@ class GraphSteps:
         output: Tensor = run_operation(ops.attend, query, device_layer, scale=scale, first_valid=first_valid)
         return output
 
-    def stepped(self, steps: int = 1) -> None:
-        """Tell the host that the device has been given `steps` whole steps."""
+    def advance(self, steps: int = 1) -> None:
+        """Count `steps` whole steps on the host, which have been launched on the device."""
         self.store.advance(steps)
         self.store.lengths.advance(steps)
 
@@ -80,7 +79,7 @@ class GraphSteps:
         return self.store.lengths.tensors()[0][0]
 
     def prime(self, query_heads: int) -> None:
-        """Let the operations allocate what they keep between steps; changes no token."""
+        """Let the operations allocate the buffers that they keep between steps; changes no token."""
         ops = self.store.ops
         assert ops is not None
         for layer in range(self.store.num_layers):

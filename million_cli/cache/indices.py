@@ -8,12 +8,12 @@ from million_cli.errors import UserError
 
 
 def check_indices(indices: Tensor, batch: int) -> None:
-    """Refuse what does not name sequences of a batch.
+    """Refuse indices that do not name sequences of a batch.
 
-    On a GPU the device itself checks the range: looking here would make the host wait.
+    On a GPU the device itself checks the range: reading it here would make the host wait.
 
     Raises:
-        UserError: no list of integers, an empty one, or a sequence that there is not.
+        UserError: not a list of integers, an empty list, or an index out of range.
     """
     if indices.ndim != 1 or not len(indices) or indices.is_floating_point() or indices.dtype.itemsize == 1:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Tensors that outlive a call are plain ones, whatever mode the caller is in."""
+"""Tensors that outlive a call are ordinary tensors, whatever mode the caller is in."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def plain_no_grad(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def refuse_gradients(keys: Tensor, values: Tensor) -> None:
-    """Raise where someone may want gradients through codes, which have none.
+    """Refuse gradients through codes, which have none.
 
     Raises:
         UserError: gradients are enabled and keys or values require them.

@@ -1,4 +1,4 @@
-"""Page ids of a preallocated pool: who holds which page, nothing about what is in it."""
+"""Page ids of a preallocated pool and their reference counts; it knows nothing of the pages' content."""
 
 from __future__ import annotations
 

@@ -33,16 +33,16 @@ class PagedStore(CodeStore):
 
     Each layer has a pool `[num_pages, Hkv, *page_shape]` for keys and one for values, in the layouts of `ops`
     or, for torch, rows and transposed; one block table `[B, width]` int32 serves all layers.  Only whole
-    pages are ever written, and never again.  Sequences share, by reference count, the pages that every layer
-    has written, so reordering beams copies no codes.  A page that some layer has still to write belongs to
-    one sequence: pages reserved ahead are given back when the batch is reindexed, and pages written in some
+    pages are written, each once.  Sequences share, by reference count, the pages that every layer has
+    written, so reordering beams copies no codes.  A page that some layer has still to write belongs to one
+    sequence: pages reserved ahead are given back when the batch is reindexed, and pages written in some
     layers only (amid a forward pass) are copied.
 
     Args:
         max_pages: size of the pool, fixed; an append that needs more raises `PagePoolExhausted` and changes
-            nothing, so the run can go on from `to_contiguous()`.  Pools, block table and its device copies
-            then stay where they are until `reset()`.  None: the pool has room for what was expected, and
-            grows by a thirty-second when it is used up.
+            nothing, so the run can continue from `to_contiguous()`.  Pools, block table and its device copies
+            then keep their addresses until `reset()`.  None: the pool has room for the expected tokens, and
+            grows by a thirty-second when it is full.
         others: as for `CodeStore`.
 
     Raises:

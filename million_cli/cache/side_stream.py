@@ -27,7 +27,7 @@ class SideStream:
         """Launch `work` once everything launched so far is done.
 
         Args:
-            layer: what `wait` names it by; a layer's earlier work has been waited for.
+            layer: names the work for `wait`; the layer's earlier work has been waited for.
             inputs: tensors that `work` reads and the caller may drop before it ends.
         """
         device = inputs[0].device

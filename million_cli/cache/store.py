@@ -1,4 +1,4 @@
-"""What both stores share: a coded prefix and an exact residual window a layer, by one closed form.
+"""The common part of both stores: a coded prefix and an exact residual window a layer, by one closed form.
 
 After every append, and after every other operation, a layer of `length` tokens holds exactly
 `WindowSpec.coded_length(length)` tokens as codes and the rest exactly.  Subclasses own the codes only.
@@ -36,7 +36,7 @@ PREFILLS: tuple[Prefill, ...] = ("exact", "quantized")
 
 @dataclass
 class LayerState:
-    """One layer: how its vectors are coded, its window (None until the first append) and its token count."""
+    """One layer: its quantizers, its window (None until the first append) and its token count."""
 
     keys: LayerPQ
     values: LayerPQ
@@ -57,15 +57,15 @@ class CodeStore(CodeHooks):
         layers: (keys, values) of each layer, in the codebook's order.
         window: page size and residual window.
         prefill: what the queries of an append of N > 1 tokens see.  "exact": codes of the tokens that were
-            coded before, exact vectors of the rest including the new ones.  "quantized": each query sees
-            what it would see if the tokens were appended one by one.  An append of one token is a decode step
-            under either: the query sees the state after the append.
+            coded before, exact vectors of all others, the new ones included.  "quantized": each query sees
+            the state after its own token, as if tokens were appended one by one.  An append of one token is
+            a decode step in both modes: the query sees the state after the append.
         encoder: finds nearest centroids where no compiled operation does.
         ops: compiled operations that encode, append and attend in place of torch and say how codes are laid
-            out.  Setting the attribute to None later goes on in torch over the same tensors.
+            out.  Setting the attribute to None later continues in torch over the same tensors.
 
     Raises:
-        UserError: prefill is neither "exact" nor "quantized", or the encoder is not to be had here.
+        UserError: prefill is neither "exact" nor "quantized", or the encoder is not available here.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class CodeStore(CodeHooks):
 
     @property
     def quantizers(self) -> list[tuple[LayerPQ, LayerPQ]]:
-        """(keys, values) of each layer, on its device once it was appended to."""
+        """Quantizers (keys, values) of each layer, on its device after its first append."""
         return [(state.keys, state.values) for state in self._layers]
 
     def length(self, layer: int = 0) -> int:
@@ -121,7 +121,7 @@ class CodeStore(CodeHooks):
         return self.window.coded_length(self._layers[layer].length)
 
     def codes(self, layer: int) -> tuple[CodeReader, CodeReader]:
-        """Readers of the key and value codes of a layer that was appended to, good until the next change."""
+        """Readers of the key and value codes of a layer that was appended to; valid until the next change."""
         self._side_stream.wait(layer)
         return self._readers(layer, self.coded(layer))
 
@@ -147,18 +147,18 @@ class CodeStore(CodeHooks):
 
     @plain_no_grad
     def append(self, layer: int, k: Tensor, v: Tensor) -> KVView:
-        """Append N tokens to a layer and encode the pages that became whole.
+        """Append N tokens to a layer and encode the pages that are complete.
 
         Args:
             k, v: `[B, Hkv, N, D]` of one floating dtype, keys after RoPE; padding tokens included.
 
         Returns:
-            What the N new queries attend to.
+            The keys and values that the N new queries attend to.
 
         Raises:
-            UserError: the batch differs from that of earlier appends, or the encoder is not to be had here.
+            UserError: the batch differs from that of earlier appends, or the encoder is not available here.
             PagePoolExhausted: (paged) no room for the new pages; nothing has changed, in any layer.
-            KernelFailed: an operation of `ops` failed; the same append in torch (`ops` None) is right.
+            KernelFailed: an operation of `ops` failed; repeat the append in torch (`ops` None).
         """
         state = self._layers[layer]
         B, _, N, D = k.shape
@@ -197,7 +197,7 @@ class CodeStore(CodeHooks):
         return KVView(*codes, exact, boundaries[0], end, boundaries, device_layer)
 
     def _append_token(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Write the next token; encode the window's oldest page where that made it due."""
+        """Write the next token; encode the window's oldest page if that makes it due."""
         state = self._layers[layer]
         assert state.window is not None
         start = state.length
@@ -207,7 +207,7 @@ class CodeStore(CodeHooks):
             self._encode(layer, coded, *state.window.gather(coded, coded_after))
 
     def _append_tokens(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the next N tokens; returns all that was exact or new before pages were encoded."""
+        """Write the next N tokens; returns all exact and new vectors from before pages are encoded."""
         state = self._layers[layer]
         assert state.window is not None
         start, end = state.length, state.length + k.shape[2]
@@ -273,10 +273,10 @@ class CodeStore(CodeHooks):
         if coded:
             self._write(layer, 0, *codes)
 
-    # -- memory ahead of need, and the device's view ---------------------------------------------------------
+    # -- reserved memory, and the device's view --------------------------------------------------------------
 
     def expect(self, length: int) -> None:
-        """Before the first append: the text will have `length` tokens, so take its memory at once."""
+        """Before the first append: allocate memory for a text of `length` tokens at once."""
         self._expected = self.window.coded_length(length)
 
     @plain_no_grad
@@ -294,7 +294,7 @@ class CodeStore(CodeHooks):
         self._code_tensors(0)  # the device's copy of a block table that has changed
 
     def is_reserved(self, length: int) -> bool:
-        """Whether a step to `length` tokens finds its room; no longer so after a crop or another batch."""
+        """Whether there is room for a step to `length` tokens; a crop or another batch takes it away."""
         coded = self.window.coded_length(length)
         return all(self._is_reserved(layer, coded) for layer in range(self.num_layers))
 
@@ -315,12 +315,12 @@ class CodeStore(CodeHooks):
         return DeviceLayer(state.keys, state.values, *tensors, P, state.key_map)
 
     def prepare_steps(self, ahead: int = 0) -> None:
-        """Before a step of `ops`, when the device holds `ahead` tokens more than the host has counted."""
+        """Prepare a step of `ops`; the device holds `ahead` tokens more than the host has counted."""
         for layer, state in enumerate(self._layers):
             self._map_keys(layer, state.length + ahead)
 
     def _map_keys(self, layer: int, length: int) -> None:
-        """See to the map of the page that a layer of `length` tokens encodes next; its address stays."""
+        """Update the map for the page that a layer of `length` tokens encodes next, in place."""
         state = self._layers[layer]
         pq = state.keys
         if pq.rebase is None or self.ops is None:
@@ -338,20 +338,20 @@ class CodeStore(CodeHooks):
         state.mapped = block
 
     def advance(self, tokens: int) -> None:
-        """Count `tokens` more in every layer, on the host: they are in the reserved tensors already."""
+        """Count `tokens` more in every layer, on the host; the reserved tensors already hold them."""
         for state in self._layers:
             state.length += tokens
 
     def wait(self) -> None:
-        """Let what is enqueued on each device from here on see the codes that are being encoded beside it."""
+        """Let later work on each device wait for the codes that are being encoded on its side stream."""
         self._side_stream.wait()
 
     @plain_no_grad
     def reset(self, release: bool = True) -> None:
         """Forget all tokens; with `release` all tensors too.
 
-        Without it the tensors stay where they are and the next text must come in the same batch: what a
-        captured CUDA graph wants.
+        Without it the tensors keep their addresses, as captured CUDA graphs need, and the next text must have
+        the same batch size.
         """
         self._side_stream.wait()
         for state in self._layers:
@@ -368,9 +368,9 @@ class CodeStore(CodeHooks):
     def crop(self, length: int) -> None:
         """Keep the oldest `length` tokens of every layer (shorter layers stay); UserError if it is below 0.
 
-        Where this cuts below what was coded, the tokens that the closed form now wants exact are decoded back
-        into the window, in the model's dtype: what was lost by coding stays lost.  A decoded vector encodes
-        to the code it came from, unless rounding it to a half-precision dtype crosses to another centroid.
+        Where this cuts into the coded part, the closed form makes some coded tokens exact: they are decoded
+        into the window, in the model's dtype, with their coding error.  A decoded vector encodes to the code
+        it came from, unless rounding to a half-precision dtype brings it nearer to another centroid.
         """
         if length < 0:
             raise UserError(f"crop({length}): accepted are lengths from 0")
@@ -395,8 +395,8 @@ class CodeStore(CodeHooks):
         """Sequence i becomes a copy of sequence beam_idx[i] (`[B]` integers), as beam search asks.
 
         Raises:
-            UserError: not as many as there are sequences, or a sequence that there is not.
-            PagePoolExhausted: (paged, amid a forward pass) no room for copies; nothing has changed.
+            UserError: another number of indices than of sequences, or an index out of range.
+            PagePoolExhausted: (paged, within a forward pass) no room for copies; nothing has changed.
         """
         if self.batch not in (None, len(beam_idx)):
             raise UserError(f"reorder of {len(beam_idx)} sequences: this cache holds {self.batch}")

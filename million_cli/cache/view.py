@@ -1,4 +1,4 @@
-"""What one append returns: everything the new queries of one layer attend to, and attention over it."""
+"""The result of one append: all that the new queries of a layer attend to, and attention over it."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class KVView:
 
     Attributes:
         key_codes, value_codes: codes of the tokens 0 .. coded - 1 (never dense).
-        pq_keys, pq_values: the codebooks and transforms that decode them.
-        exact: gives `keys` and `values` when they are first asked for; a compiled kernel never does.
+        pq_keys, pq_values: the quantizers that decode them.
+        exact: makes `keys` and `values` at their first use; compiled kernels never use them.
         exact_start: equals boundaries[0].
         length: tokens a sequence, the new ones included.
         boundaries: N non-decreasing token counts, one a query.
-        device_layer: the layer as a compiled kernel reads it, if the store is kept by one and N is 1.
+        device_layer: the layer as compiled kernels read it, if the store has `ops` and N is 1.
     """
 
     key_codes: CodeReader
@@ -89,7 +89,7 @@ def attend(
         query: `[B, Hq, N, D]`, N == view.num_queries, Hq a multiple of Hkv.
         scale: factor on the scores.
         mask: None (causal), bool `[B or 1, Hq or 1, N, >= length]` (True = attend), or additive floats of
-            that shape.  A given mask is the whole truth: causality is added only when there is none.
+            that shape.  A given mask replaces the causal one.
         softcap: scores become softcap * tanh(scores / softcap), before the mask.
         first_valid: `[B]` integers, tokens before it (left padding) are not seen; combines with either mask.
 

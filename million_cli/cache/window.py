@@ -9,8 +9,8 @@ from torch import Tensor
 class ResidualWindow:
     """Keys and values `[B, Hkv, R, D]` in the model's dtype, as they came; position t is in slot t mod R.
 
-    Nothing is ever shifted: a token is written once and overwritten R tokens later.  Which positions are
-    valid is the store's knowledge.
+    Nothing is shifted: a token is written once and overwritten R tokens later.  The store knows which
+    positions are valid.
     """
 
     def __init__(self, like: Tensor, residual: int) -> None:
@@ -58,7 +58,7 @@ class ResidualWindow:
         return torch.cat(keys or nothing, dim=2), torch.cat(values or nothing, dim=2)
 
     def take(self, indices: Tensor) -> None:
-        """Make sequence i a copy of what sequence indices[i] was, in place if the batch keeps its size."""
+        """Replace sequence i by a copy of sequence indices[i], in place if the batch keeps its size."""
         indices = indices.to(self.keys.device)
         keys, values = self.keys.index_select(0, indices), self.values.index_select(0, indices)
         if keys.shape == self.keys.shape:

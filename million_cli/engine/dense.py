@@ -1,12 +1,12 @@
-"""The dense twin: a static cache in the model's dtype under the same engine, with torch's fastest attention.
+"""The baseline: a static dense cache under the same engine, with torch's fastest attention.
 
-It is what quantized caches are compared with, so nothing may be held against it: memory is taken once, K
-and V of grouped heads are not repeated, a step reads the tokens that are there and no others, and the
+Quantized caches are compared with it, so it must be the strongest baseline we can build: memory is taken
+once, K and V of grouped heads are not repeated, a step reads only the tokens that are there, and the
 attention is the fastest of torch's for the shape, found by timing them.
 
-torch's attention takes the number of keys from the host.  So a captured step is good for one length, and
-without padding each length has a graph of its own (`bucket=1`).  With padding, or larger buckets, the keys of
-a bucket are masked, which rules flash attention out.
+torch's attention takes the number of keys from the host.  So a captured step serves one length, and without
+padding each length has its own graph (`bucket=1`).  With padding, or larger buckets, the keys of a bucket are
+masked, which excludes flash attention.
 
 Letters: B batch, Hq/Hkv query and KV heads, G = Hq / Hkv, T tokens, D head_dim.
 """
@@ -53,7 +53,7 @@ class DenseLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append `[B, Hkv, N, D]`; what the N queries attend to.
+        """Append `[B, Hkv, N, D]`; returns the keys and values that the N queries attend to.
 
         Raises:
             UserError: the cache is full, or holds another batch.
@@ -95,7 +95,7 @@ class DenseCache(Cache):
     """A static dense cache of `max_length` tokens a sequence, exactly.
 
     Raises:
-        UserError: a model with layers that keep something else.
+        UserError: the model has layers without full attention.
     """
 
     def __init__(self, model: PreTrainedModel, max_length: int) -> None:
@@ -137,11 +137,11 @@ def engine_cache(model: PreTrainedModel, max_length: int) -> Cache:
 
 @dataclass(frozen=True)
 class Attention:
-    """One way to have torch attend with one query token a sequence.
+    """One way for torch to attend with one query token a sequence.
 
     Attributes:
-        backend: of torch's scaled dot product attention; None leaves it to torch.
-        packed: the G query heads of a KV head go in as G tokens of one head, instead of `enable_gqa`.
+        backend: backend of torch's scaled dot product attention; None lets torch choose.
+        packed: pass the G query heads of a KV head as G tokens of one head, instead of `enable_gqa`.
     """
 
     backend: SDPBackend | None = None
@@ -177,10 +177,10 @@ class DenseSteps:
         cache: empty.
         query_heads: Hq.
         device: where all its layers are.
-        bucket: tokens by which the number of keys read grows.
+        bucket: the number of keys that a step reads is a multiple of so many tokens.
 
     Attributes:
-        attention: in use; chosen when the first step is prepared, on a GPU by timing.
+        attention: the attention in use; chosen when the first step is prepared, on a GPU by timing.
     """
 
     def __init__(self, cache: DenseCache, query_heads: int, device: torch.device, bucket: int = 1) -> None:
@@ -243,7 +243,7 @@ class DenseSteps:
             self._length.add_(1)
         return output
 
-    def stepped(self) -> None:
+    def advance(self) -> None:
         for layer in self._layers:
             layer.length += 1
 
@@ -261,7 +261,7 @@ class DenseSteps:
         return mask[:, None, None]
 
     def _fastest(self, query: Tensor, mask: Tensor | None) -> Attention:
-        """Time every way on all layers, so that no cache of the GPU flatters one."""
+        """Time every way on all layers, so that the GPU's caches favour none."""
         G = query.shape[1] // self.cache.held[0][0].shape[1]
         ways = [
             Attention(backend, packed)

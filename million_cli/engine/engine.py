@@ -1,9 +1,9 @@
 """Prefill and decode steps of one model with one cache, each step one replay of a CUDA graph.
 
-The first step of a text runs as it is and warms everything up; the second is captured, from embedding to
-sampled token, and replayed from then on.  The model is transformers' own: it is given a cache of `step_cache`
-and attends through the registered function.  Where steps cannot be captured, on a CPU above all, the same
-steps run one by one, and with a cache that has none, the model's forward with that cache.
+The first step of a text runs uncaptured, as a warm-up; the second is captured, from embedding to sampled
+token, and replayed from then on.  The model is transformers' own: it gets a cache of `step_cache` and attends
+through the registered function.  Where steps cannot be captured (on a CPU) the same steps run one by one.
+With a cache that has no steps, the model's forward runs with that cache.
 
 Long because prompt, steps and capture share the tensors that a captured graph reads.
 
@@ -40,7 +40,7 @@ from million_cli.ops.store_ops import KernelFailed
 Compile = Literal["none", "default", "tuned"]
 COMPILES: tuple[Compile, ...] = ("none", "default", "tuned")
 LEAST_CHUNK = 256
-"""Tokens of a prefill's chunk below which memory is really out."""
+"""Tokens of the smallest chunk of a prefill; if it does not fit, the error is raised."""
 
 logger = logging.getLogger("million")
 
@@ -56,18 +56,18 @@ class Engine:
     Args:
         model: in evaluation mode, on one device; its attention function is ours during steps only.
         cache: a PQ cache, a `DenseCache`, or any other cache of transformers.
-        sampler: what makes the next token.
-        compile: the step by torch.compile, which fuses the small kernels: "none", "default", or "tuned",
-            which times variants of each kernel first.  Only for caches that have steps.  The model's
+        sampler: chooses the next token.
+        compile: how torch.compile, which fuses small kernels, compiles the step: "none", "default", or
+            "tuned", which times variants of each kernel first.  Only for caches that have steps.  The model's
             projections of one input become one product (see `joined`).
-        graphs: what captures steps; None runs them one by one.  "auto" is CUDA graphs on a GPU.
-        bucket: of a `DenseCache`, see `DenseSteps`.
+        graphs: captures steps; None runs them one by one.  "auto" means CUDA graphs on a GPU.
+        bucket: for a `DenseCache`, see `DenseSteps`.
 
     Attributes:
-        steps: of the cache, None if it is used through its layers.
-        notes: why something is not as asked, each once.
-        logits: `[B, V]` of the latest token; good until the next step.
-        chunk: tokens of a prefill's chunk, None if the prompt went through in one piece.
+        steps: steps of the cache; None if it is used through its layers.
+        notes: reasons why something is not as asked, each once.
+        logits: `[B, V]` of the latest token; valid until the next step.
+        chunk: tokens of a prefill's chunk; None if the prompt was read in one piece.
     """
 
     def __init__(
@@ -150,8 +150,8 @@ class Engine:
     ) -> Tensor:
         """Read a prompt: a new text, or with `continue_text` the next turn of the one that is held.
 
-        In one piece, the prompt's K and V are attended to exactly; in chunks each one sees what the cache
-        has made of the chunks before.  A new text that does not fit into memory in one piece is read in the
+        In one piece, the prompt's K and V are attended to exactly; later chunks attend to earlier ones in
+        quantised form.  A new text that does not fit into memory in one piece is read in the
         largest chunks that do, halved from its length.
 
         Args:
@@ -160,8 +160,8 @@ class Engine:
                 has no padding of its own; after a cache that was filled elsewhere `[B, held + T]` tells the
                 padding of the tokens it holds.
             new_tokens: steps that will follow, if known: memory is taken for them at once.
-            chunk: tokens at a time.
-            continue_text: go on with the text that is held.
+            chunk: tokens of a chunk; None reads the prompt in one piece if it fits.
+            continue_text: continue the text that is held.
 
         Returns:
             The first new token of each sequence, `[B]`, on the device.
@@ -217,7 +217,7 @@ class Engine:
         return token
 
     def _check_embedding(self, held: int, end: int) -> None:
-        """Raise if positions up to `end` are embedded otherwise than the `held` ones in the cache were."""
+        """Raise if positions up to `end` are embedded in another way than the `held` ones in the cache."""
         if self._longest is not None and end > self._longest:
             raise UserError(
                 f"{end} tokens: this model attends to the latest {self._longest}; accepted are fewer"
@@ -232,7 +232,7 @@ class Engine:
     def _mask_of_next_turn(
         self, B: int, T: int, held: int, attention_mask: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """What `_left_padding` gives, for the text that is held and a turn of T tokens."""
+        """The result of `_left_padding` for the text that is held and a turn of T tokens."""
         if not held:
             raise UserError("continue_text=True: there is no text to continue; accepted is a new text")
         if self.length not in (0, held):
@@ -274,7 +274,7 @@ class Engine:
 
     @plain_no_grad
     def begin(self, length: int, token: Tensor) -> None:
-        """Go on from a cache that was given `length` tokens a sequence by other means, without padding.
+        """Continue from a cache that was filled elsewhere with `length` tokens a sequence, without padding.
 
         Args:
             token: `[B]` on the device, the next input.
@@ -282,7 +282,7 @@ class Engine:
         self._begin(length, None, token)
 
     def reset(self) -> None:
-        """Forget the text; memory and graphs are kept for the next one if it comes in the same batch."""
+        """Forget the text; memory and graphs are kept for a next text of the same batch size."""
         self._forget(release=False)
 
     @plain_no_grad
@@ -296,7 +296,7 @@ class Engine:
         self._pending = self._uneven = False
 
     def _begin(self, length: int, first_valid: Tensor | None, token: Tensor) -> None:
-        """Static tensors of the steps, the same ones for the next text if it is of the same form."""
+        """Set the static tensors of the steps; a next text of the same form uses the same tensors."""
         self.length = length
         positions = torch.full((token.shape[0], 1), length, dtype=torch.int64, device=self.device)
         if first_valid is not None:
@@ -321,7 +321,7 @@ class Engine:
         """Append the latest token, or `tokens [B]` in its place, and make the next.
 
         Returns:
-            The next token of each sequence, `[B]`, on the device; the host does not wait for it.  Good until
+            The next token of each sequence, `[B]`, on the device; the host does not wait for it.  Valid until
             the next step.
 
         Raises:
@@ -348,7 +348,7 @@ class Engine:
         elif self._graphs is not None and self._warm and self._capture(key):
             graph, self.logits = self._captured[key]
             graph.replay()
-            self.steps.stepped()
+            self.steps.advance()
         else:
             self._step(key)
         self.length += 1
@@ -357,7 +357,7 @@ class Engine:
 
     @plain_no_grad
     def capture(self, steps: int) -> None:
-        """Capture what the next `steps` steps need, after a first one; a dense cache needs a graph a length.
+        """Capture the graphs of the next `steps` steps, after a first step; a dense cache needs one a length.
 
         With a dense cache the graphs are also replayed once, as a first launch takes longer, and undone.
         """
@@ -377,7 +377,7 @@ class Engine:
         self._tokens.copy_(before[0]), self._positions.copy_(before[1])
 
     def _capture(self, key: Hashable) -> bool:
-        """See to it that there is a graph for `key`; False if steps cannot be captured."""
+        """Capture a graph for `key` unless there is one; False if steps cannot be captured."""
         if key in self._captured:
             return True
         assert self.steps is not None
@@ -396,7 +396,7 @@ class Engine:
         return True
 
     def _launch(self) -> None:
-        """One step over static tensors; nothing here is decided by what the device holds."""
+        """One step over static tensors; no decision here depends on values on the device."""
         with pq_attention(self.model):
             self.logits = self._forward(
                 input_ids=self._tokens,
@@ -419,11 +419,11 @@ class Engine:
             self.steps.failed(error)
             self._layers_step()
             return
-        self.steps.stepped()
+        self.steps.advance()
         self._warm = True
 
     def _layers_step(self) -> None:
-        """One step through the cache's own layers."""
+        """One step through the cache's layers."""
         if self.steps is not None:
             self.steps, self._captured = None, {}
             self._note("steps through the cache's layers: the kernels were given up")
@@ -453,15 +453,16 @@ class Engine:
         pad: int = 0,
         continue_text: bool = False,
     ) -> Iterator[list[int]]:
-        """The new tokens of each sequence, one step after the other, as the host learns of them.
+        """Yield the new tokens of all sequences, step by step.
 
-        The host is one step behind the device, so that the device never waits.  A sequence that has ended
-        goes on with `pad`; the iteration ends when all have.
+        The host is one step behind the device, so that the device never waits.  A sequence that has ended is
+        filled with `pad`; the iteration ends when all have ended.
 
         Args:
             ids, attention_mask, continue_text: as for `prefill`.
-            max_new_tokens: of each sequence, at least 1.
+            max_new_tokens: the most tokens of each sequence, at least 1.
             eos: tokens that end a sequence.
+            pad: the token of sequences that have ended.
 
         Raises:
             UserError: as for `prefill` and `step`.
@@ -505,7 +506,7 @@ def _left_padding(mask: Tensor | None, T: int) -> tuple[Tensor | None, Tensor | 
 
 
 def _compile(model: PreTrainedModel, how: Compile) -> Callable[..., Any]:
-    """The model's forward compiled for steps, once a model: the step is the same whatever the cache."""
+    """The model's forward compiled for steps, once a model: all caches share it."""
     # Kept by the model, as transformers keeps its own: what is compiled refers to the model and goes with it.
     known: dict[Compile, Callable[..., Any]] = model.__dict__.setdefault("_million_steps", {})
     if how not in known:

@@ -1,4 +1,4 @@
-"""Launches that are captured once and replayed: CUDA graphs behind an interface that tests stand in for."""
+"""Launches that are captured once and replayed: CUDA graphs, behind an interface that tests implement too."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ class Graph(Protocol):
     """One captured sequence of launches."""
 
     def replay(self) -> None:
-        """Launch it again, over the tensors that were there when it was captured."""
+        """Launch it again, over the tensors of its capture."""
         ...
 
 
 class Graphs(Protocol):
-    """Captures launches; what is captured by one object is never replayed at the same time."""
+    """Captures launches; graphs of one object are never replayed at the same time."""
 
     def capture(self, launch: Callable[[], None]) -> Graph:
-        """Record what `launch` launches, without running it.
+        """Record the launches of `launch` without running them.
 
         Raises:
-            RuntimeError: something in it cannot be captured.
+            RuntimeError: some operation cannot be captured.
         """
         ...
 

@@ -3,8 +3,8 @@
 A decode step reads every weight once, and small matrices are read at a lower bandwidth than large ones (on
 an H200 at 2.6 TB/s for 32 MiB, where the memory gives 4.4).  So the weights of a layer's query, key and value
 projections, and those of its gate and up projections, are laid one after another in memory.  Each module
-keeps its own weight, now a view, and works as before; only where `torch.compile` traces the model does the
-first one multiply by all weights, and each takes its part of the product.
+keeps its own weight, now a view, and works as before.  Only under `torch.compile` does the first module
+multiply by all weights; each module then takes its part of the product.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class JoinedLinear(nn.Linear):
     """A linear map whose weight is the rows `start:start + out_features` of its group's.
 
     Args:
-        like: the map that it replaces; its parameters become views of the group's tensors.
+        like: the map to replace; its parameters become views of the group's tensors.
     """
 
     def __init__(self, like: nn.Linear, group: Group, start: int) -> None:
@@ -64,7 +64,7 @@ class JoinedLinear(nn.Linear):
 
     @property
     def is_view(self) -> bool:
-        """Whether the weight is still that of the group: moving a model gives it new ones."""
+        """Whether the weight is still a view of the group's: moving a model gives it new weights."""
         rows = self.group.weight[self.rows]
         return self.weight.device == rows.device and self.weight.data_ptr() == rows.data_ptr()
 
@@ -72,8 +72,8 @@ class JoinedLinear(nn.Linear):
 def join_projections(model: nn.Module) -> int:
     """Join the projections of all layers for compiled steps; those joined already stay as they are.
 
-    Parameters keep their identity and values; the memory of one group is needed on top for a moment.  Modules
-    are left alone that are not plain linear maps (quantized, adapted, hooked) or have no plain weights.
+    Parameters keep their identity and values; one group's memory is needed twice for a moment.  Modules that
+    are not plain linear maps (quantized, adapted, hooked) or have no plain weights stay as they are.
 
     Returns:
         The number of groups that are joined.
@@ -98,7 +98,7 @@ def join_projections(model: nn.Module) -> int:
 
 
 def part_projections(model: nn.Module) -> None:
-    """From now on compiled code uses each projection by itself again."""
+    """Undo `join_projections`: compiled code uses each projection by itself again."""
     for module in model.modules():
         if isinstance(module, JoinedLinear):
             module.group.used = False

@@ -12,7 +12,7 @@ class Readback:
     """Copies of small tensors under way to the host, in order.
 
     Args:
-        like: a tensor of the shape, dtype and device of those to come.
+        like: a tensor with the shape, dtype and device of the tensors to copy.
     """
 
     def __init__(self, like: Tensor) -> None:
@@ -22,7 +22,7 @@ class Readback:
         self._sent: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
 
     def send(self, tensor: Tensor) -> None:
-        """Start a copy of what `tensor` holds at this point of the current stream."""
+        """Start to copy the content that `tensor` has at this point of the current stream."""
         if not self._on_gpu:
             self._sent.append((tensor.clone(), None))
             return
@@ -38,7 +38,7 @@ class Readback:
         self._sent.append((buffer, event))
 
     def receive(self) -> list[int]:
-        """What the oldest copy holds, waiting for it if need be."""
+        """The content of the oldest copy; waits for it if need be."""
         buffer, event = self._sent.popleft()
         if event is not None:
             event.synchronize()

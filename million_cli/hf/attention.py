@@ -1,4 +1,4 @@
-"""What transformers calls for attention: dense K and V go on to its sdpa, handles to attention over codes.
+"""The attention function that transformers calls: dense K and V go to sdpa, handles to attention over codes.
 
 An attention layer gives the two objects that `Cache.update` returned, untouched, to the function registered
 under its `_attn_implementation`.  So a PQ cache returns a `PQHandle` in place of K and V, and nothing of
@@ -21,7 +21,7 @@ from million_cli.hf.step import StepHandle, step_attention
 from million_cli.hf.switch import ATTENTION_NAME
 
 _CHANGES_ATTENTION = ("s_aux", "position_bias")
-"""Refused for dense K and V too, where sdpa would ignore them."""
+"""Refused for dense K and V too: sdpa would ignore these arguments."""
 _WITHOUT_EFFECT = frozenset(
     (
         "is_causal", "sliding_window",  # looked at
@@ -102,14 +102,14 @@ def pq_attention_forward(
     Args:
         query: `[B, Hq, N, D]`.
         key, value: `[B, Hkv, T, D]`, or the same `PQHandle` or `StepHandle` twice.
-        attention_mask: what `padding_mask` made: None where causality says it all, else bool `[B, 1, N, T]`;
-            for a `StepHandle` what `padding_of_step` made.
+        attention_mask: the result of `padding_mask`: None for plain causal attention, else bool
+            `[B, 1, N, T]`; for a `StepHandle` the result of `padding_of_step`.
 
     Returns:
         `[B, N, Hq, D]`, and no attention weights.
 
     Raises:
-        UserError: a feature that attention over codes does not have.
+        UserError: a feature that attention over codes lacks.
     """
     if kwargs.get("output_attentions"):
         raise UserError("output_attentions=True: attention over codes keeps no weights; accepted is False")
@@ -152,7 +152,7 @@ def pq_attention_forward(
 
 
 def _check_arguments(kwargs: dict[str, Any]) -> None:
-    """Refuse what a model asks of its attention function and codes do not have."""
+    """Refuse arguments that attention over codes does not support."""
     for name, given in kwargs.items():
         if name not in _WITHOUT_EFFECT and given is not None and given is not False:
             raise UserError(f"attention with {name} is not supported by {ATTENTION_NAME}")

@@ -54,7 +54,7 @@ Prefill = Literal["exact", "quantized"]
 class PQLayer(CacheLayerMixin):
     """A full-attention layer of a PQ cache: appends to the cache's store, returns handles instead of tensors.
 
-    What concerns all layers at once (reset, crop, reorder, ...) is done by the cache, once.
+    Operations on all layers at once (reset, crop, reorder, ...) belong to the cache.
     """
 
     is_sliding = False
@@ -90,12 +90,12 @@ class PQLayer(CacheLayerMixin):
 
 
 class PQCache(Cache):
-    """What the PQ caches share.  Sliding-window layers are transformers' own, dense.
+    """The common base of the PQ caches.  Sliding-window layers are transformers' own, dense.
 
     Attributes:
-        codebook: that codes K and V.
+        codebook: codes K and V.
         store: the codes and windows of the full-attention layers.
-        backend: what serves the cache now, and every fallback so far.
+        backend: store and compute in use, with every fallback so far.
     """
 
     settings: ClassVar[tuple[str, ...]] = ()
@@ -150,7 +150,7 @@ class PQCache(Cache):
             layers[index] = self._layer_class(self, position)
         super().__init__(layers=layers)
 
-    # -- what serves it --------------------------------------------------------------------------------------
+    # -- store and compute -----------------------------------------------------------------------------------
 
     @property
     def backend(self) -> Choice:
@@ -159,7 +159,7 @@ class PQCache(Cache):
 
     @property
     def fallbacks(self) -> tuple[Fallback, ...]:
-        """Everything that was not as asked, in order, each once."""
+        """Every fallback since construction, in order, each once."""
         return self._fallbacks
 
     @property
@@ -206,7 +206,7 @@ class PQCache(Cache):
         self._padding.forget()
 
     def _fall_back(self, store: Store, compute: Compute, reason: str) -> None:
-        """Give up what is in use; the caller moves the contents.
+        """Replace store and compute; the caller moves the contents.
 
         Raises:
             UserError: the run is strict.
@@ -218,7 +218,7 @@ class PQCache(Cache):
         self._record(choice.fallbacks)
 
     def kernel_failed(self, error: KernelFailed) -> None:
-        """Go on in torch over the same codes.
+        """Continue in torch over the same codes.
 
         Raises:
             UserError: the run is strict.
@@ -283,7 +283,7 @@ class PQCache(Cache):
         return self._choice.compute == "kernel"
 
     def _without_pages(self, reason: str) -> CodeStore:
-        """Go on in a contiguous store with the same tokens."""
+        """Continue in a contiguous store with the same tokens."""
         assert isinstance(self.store, PagedStore)
         kernel = self._choice.compute == "kernel" and (
             self._kernels.support(replace(self._query, store=ContiguousStore.name)) is None
@@ -349,13 +349,13 @@ class PQCache(Cache):
         codebook: Codebook | str | os.PathLike[str],
         **options: Any,
     ) -> Self:
-        """A cache that holds the text of a file; any kind of cache reads what any other wrote.
+        """A cache that holds the text of a file.  Every kind of cache reads the files of every other.
 
         Args:
-            path: of `save`.
-            model: that read the text, in the same dtype.
-            codebook: that coded it.
-            options: of the class, but for the window, which is the file's.
+            path: a file that `save` wrote.
+            model: the model that read the text, in the same dtype.
+            codebook: the codebook that coded it, or its path.
+            options: arguments of the class, except `window`, which the file holds.
 
         Raises:
             UserError: as the class; no such file, one that is damaged, or another codebook or dtype.
@@ -377,12 +377,12 @@ class PQCache(Cache):
                 layer.is_initialized = True
         return cache
 
-    # -- what transformers asks of a cache -------------------------------------------------------------------
+    # -- the interface of transformers' caches ---------------------------------------------------------------
 
     def reset(self, release: bool = True) -> None:
         """Forget all tokens and free the memory; a paged cache that fell back starts with a pool again.
 
-        Without `release` the memory is kept for a text in the same batch, see `CodeStore.reset`.
+        Without `release` the memory is kept for the next text of the same batch size, see `CodeStore.reset`.
         """
         self._padding.forget()
         if self._choice == self._decided:
@@ -395,7 +395,7 @@ class PQCache(Cache):
     def crop(self, argument: int) -> None:
         """Remove tokens from the end: -n removes n, a positive argument is the length to keep (see `compat`).
 
-        Cutting into the coded part brings the tokens that become exact again back as decoded vectors.
+        Where this cuts into the coded part, tokens that become exact again are decoded vectors.
         """
         length = self.store.length()
         removed = tokens_to_remove(argument, length)
@@ -427,7 +427,7 @@ class PQCache(Cache):
             layer.batch_select_indices(indices)
 
     def _reindex(self, change: Callable[[CodeStore], None]) -> None:
-        """Change the batch of the store; sequences that have no room for copies go on contiguously."""
+        """Change the batch of the store; without pages for the copies the cache continues contiguously."""
         self._padding.forget()
         try:
             change(self.store)
@@ -451,13 +451,13 @@ class DynamicPQCache(PQCache):
             `use_pq_attention(model)`.
         codebook: trained for the model, or the path of one.
         window: page size and residual window; the default is 64 and 128 tokens.
-        prefill: what several new tokens at once attend to: "exact" K and V of all tokens that were not coded
-            before, or "quantized", exactly what they would have seen one by one.
+        prefill: what the tokens of one forward pass attend to: "exact" K and V of all tokens that were not
+            coded before, or "quantized", the codes and window that each would see when decoded one by one.
         compute: "auto" takes a compiled kernel for decode steps on a GPU where there is one, and compiles it
             if it has to; "kernel" asks for it anywhere, "torch" is the reference.
-        strict: raise instead of falling back to anything that was not asked for.
-        encoder: finds nearest centroids where no kernel does: one of `recipe.ENCODERS`.
-        kernels: where compiled operations come from; the default are the package's own CUDA kernels.
+        strict: raise a `UserError` instead of falling back.
+        encoder: finds nearest centroids where no kernel does; one of `recipe.ENCODERS`.
+        kernels: the compiled operations; by default the package's CUDA kernels.
 
     Raises:
         UserError: a codebook of another model, an unsupported architecture, an argument out of range, or a
@@ -495,8 +495,8 @@ class DynamicPQCache(PQCache):
 class PagedPQCache(PQCache):
     """A KV cache of product codes in pages of a pool behind a residual window; a block table finds them.
 
-    Its attention is that of `DynamicPQCache`; beams share pages.  When the pool runs out in the midst of a
-    text, the cache goes on with a contiguous store and the same tokens, and says so in `fallbacks`.
+    It attends as `DynamicPQCache` does; beams share pages.  When the pool runs out in the middle of a text,
+    the cache continues with a contiguous store and the same tokens; `fallbacks` records it.
 
     Args:
         max_pages: size of the pool, for all sequences together; None lets it grow.
@@ -543,7 +543,7 @@ class PagedPQCache(PQCache):
 def _served(
     codebook: Codebook | str | os.PathLike[str], model: PreTrainedModel | PreTrainedConfig
 ) -> Codebook:
-    """The codebook, or that of a path, as the model's positions want it."""
+    """The codebook (loaded from a path if need be) for the model's scaling of positions."""
     codebook = codebook if isinstance(codebook, Codebook) else Codebook.load(codebook)
     return codebook if isinstance(model, PreTrainedConfig) else served(codebook, model)
 

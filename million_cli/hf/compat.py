@@ -1,4 +1,4 @@
-"""The places where transformers 5.17 to 5.23 differ and a cache has to care."""
+"""Differences among transformers 5.17 to 5.23 that matter to a cache."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def tokens_to_remove(argument: int, length: int) -> int:
 
 
 def check_held(cache: Cache, tokens: int) -> None:
-    """Make sure that a model kept its text in the cache that it was given.
+    """Check that a model kept its text in the cache that it was given.
 
     Some models drop or replace it: Phi-3 with longrope reads the text again, into a dense cache, where its
-    rotary embedding changes.  What such a run measures is not the cache.
+    rotary embedding changes.  Such a run does not measure the cache.
 
     Raises:
         UserError: the cache holds another number of tokens.
@@ -45,7 +45,7 @@ def check_held(cache: Cache, tokens: int) -> None:
 def embedding_changes_at(config: PreTrainedConfig) -> int | None:
     """The length beyond which a model embeds all positions anew (longrope), or None.
 
-    Keys that were cached before are then of another embedding.
+    Keys that were cached before have another embedding.
     """
     text_config = config.get_text_config(decoder=True)
     rope = getattr(text_config, "rope_parameters", None) or {}

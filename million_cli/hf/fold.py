@@ -1,4 +1,4 @@
-"""The values' map inside the model's own projections, where it costs no step anything.
+"""The values' map multiplied into the model's own projections, so that decode steps need no map.
 
 Values v = h W are coded as v E and attention's output o is taken back by D = E^-1 (see `pq.transform`).  With
 W E in place of W and D O in place of O, O being the output projection, the model makes and reads coded values
@@ -31,7 +31,7 @@ class FoldedValues:
     The products are taken in float64 and rounded once to the weights' dtype.
 
     Attributes:
-        codebook: the same codes for the changed model: its values have no maps any more.
+        codebook: the same codes for the changed model, without maps for values.
 
     Raises:
         UserError: the codebook belongs to another model or has no maps for values; or the model norms values,

@@ -51,8 +51,8 @@ def smollm2(fetch: Callable[[str], Path] | None = None, file: Path | None = None
     know them apart.  The log says which it is.
 
     Args:
-        fetch: gives the folder of a model on the hub, or raises; the default is `hub_folder`.
-        file: the GGUF file, instead of the package's.
+        fetch: returns the folder of a model on the hub, or raises; by default `hub_folder`.
+        file: a GGUF file to read instead of the package's.
 
     Raises:
         UserError: neither is there, or the file is not the published one.
@@ -117,7 +117,7 @@ def converted(path: Path, sha256: str | None = None) -> Path:
 
     Args:
         path: the file.
-        sha256: what its digest must be.
+        sha256: the digest it must have; None accepts any.
 
     Raises:
         UserError: a file of another digest, one that transformers does not read, a missing package, or a
@@ -191,7 +191,7 @@ def _convert(path: Path, digest: str, folder: Path) -> None:
 
 
 def _split_text(tokenizer: Any, split: str | None) -> list[str]:
-    """Split text as the file says before byte-level BPE; what remains doubtful is returned, to be logged."""
+    """Split text before byte-level BPE as the file says; returns warnings to log."""
     backend = tokenizer.backend_tokenizer
     if split in DIGIT_SPLITS:
         backend.pre_tokenizer = pre_tokenizers.Sequence(

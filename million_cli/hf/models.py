@@ -134,11 +134,10 @@ def random_model(
 
 
 def full_attention_layers(config: PreTrainedConfig) -> tuple[int, ...]:
-    """Indices of the layers whose K and V grow with the text: the ones that product quantization serves.
+    """Indices of the layers whose K and V grow with the text, which product quantization serves.
 
     Raises:
-        UserError: an architecture without such layers, or with layers that keep something else than per-
-            head K and V.
+        UserError: an architecture without such layers, or with layers that do not keep K and V per head.
     """
     text_config = config.get_text_config(decoder=True)
     name = text_config.model_type
@@ -270,7 +269,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def _resolve_name(name_or_path: str) -> str:
-    """A folder or a hub name; what looks like a path must exist, so no typing error reaches the hub."""
+    """A folder or a hub name.  A name that looks like a path must exist: no typing error reaches the hub."""
     if not name_or_path:
         raise UserError(f"model={name_or_path}: accepted are {_ACCEPTED}")
     if name_or_path == REFERENCE_MODEL:

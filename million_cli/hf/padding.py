@@ -1,4 +1,4 @@
-"""Masks of decode steps: what a batch with left padding tells the kernels, without waiting for the device.
+"""Masks of decode steps: the left padding of a batch, for kernels, without waiting for the device.
 
 For one new token the causal mask is the padding mask itself.  transformers would read it back every step to
 see whether it can be left out; here a step gets a view of it, and a cache reads it back once a text.
@@ -27,8 +27,8 @@ def padding_mask(
 ) -> Tensor | None:
     """transformers' `sdpa_mask`, except that a plain causal decode step gets a view of its padding mask.
 
-    Such a view, bool `[B, 1, 1, T]`, is marked for `LeftPadding`.  On a CPU, where looking is free, a mask
-    without padding is still left out.
+    The view, bool `[B, 1, 1, T]`, is marked for `LeftPadding`.  On a CPU, where reading it costs nothing, a
+    mask without padding is left out.
     """
     padding_only = (
         q_length == 1
@@ -58,7 +58,7 @@ def padding_mask(
 
 
 def unless_all_seen(mask: Tensor | None) -> Tensor | None:
-    """The mask, or None if it is a marked one that hides nothing, looked at once whatever the layers are.
+    """The mask, or None if it is marked and hides nothing.  It is read once for all layers.
 
     Dense attention is faster without a mask.
     """
@@ -72,25 +72,25 @@ def unless_all_seen(mask: Tensor | None) -> Tensor | None:
 
 
 class LeftPadding:
-    """The first valid position of each sequence of a batch, found out once for the decode steps of a text.
+    """The first valid position of each sequence of a batch, read once for all decode steps of a text.
 
-    A decode step's mask is taken to be that of the step before with one more token that is seen, as
-    `generate` makes it; `forget` says that this no longer holds.
+    A decode step's mask is assumed to be the previous step's with one more visible token, as `generate` makes
+    it.  Call `forget` when that no longer holds.
     """
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
-        """Look at the next mask: many tokens were appended, or the batch was changed."""
+        """Read the next mask again: several tokens were appended, or the batch was changed."""
         self._known = False
         self._first_valid: Tensor | None = None
         self._reason: str | None = None
 
     def read(self, mask: Tensor | None) -> tuple[Tensor | None, str | None]:
-        """Of a decode step's mask `[B, 1, 1, T]`: (first_valid int32 `[B]`, None) or (None, why it has none).
+        """From a step's mask `[B, 1, 1, T]`: (first_valid int32 `[B]`, None) or (None, why there is none).
 
-        (None, None) is a batch without padding.
+        (None, None) means a batch without padding.
         """
         if mask is None:
             return None, None

@@ -16,8 +16,8 @@ from million_cli.ops.store_ops import KernelFailed
 class PQSteps:
     """`Steps` of a PQ cache that kernels serve.
 
-    Page ids and the device's block table are brought up to date a page of tokens ahead of need, so most steps
-    do nothing on the host.
+    Page ids and the device's block table are updated one page of tokens ahead, so most steps do nothing on
+    the host.
 
     Args:
         cache: empty.
@@ -64,11 +64,11 @@ class PQSteps:
     ) -> Tensor:
         return self.cache.steps.step(layer, query, key, value, scale=scale, first_valid=first_valid)
 
-    def stepped(self) -> None:
-        self.cache.steps.stepped()
+    def advance(self) -> None:
+        self.cache.steps.advance()
 
     def failed(self, error: KernelFailed) -> None:
-        """Go on in torch, through the cache's layers.
+        """Continue in torch, through the cache's layers.
 
         Raises:
             UserError: the cache is strict.
@@ -77,7 +77,7 @@ class PQSteps:
 
 
 def steps_reason(cache: PQCache) -> str | None:
-    """Why there are no `PQSteps` for a cache, or None."""
+    """The reason why a cache has no `PQSteps`, or None."""
     if cache.backend.compute != "kernel":
         return "no compiled kernels serve the cache"
     if cache.has_dense_layers:

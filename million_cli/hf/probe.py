@@ -1,4 +1,4 @@
-"""The signs of what a projection computes, whatever stores its weights."""
+"""The signs of a projection's matrix, however its weights are stored."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _ROW_FACTOR, _COLUMN_FACTOR = 2_654_435_761, 2_246_822_519
 def sign_bits(projection: nn.Module, dtype: torch.dtype) -> bytes:
     """Signs of 64 x 64 elements of the matrix that a linear map applies, a byte each.
 
-    A plain weight is read.  Anything else (quantised and packed weights, adapters that are not merged) is
-    asked: its answer to a unit vector, bias apart, is a column of its matrix.  Both give the same bytes for
-    the same map.  Signs of plain weights survive every cast between floating-point types; a sum of weight and
-    adapter may cross zero in a cast, and then counts as another map.
+    A plain weight is read.  Any other map (quantised or packed weights, adapters that are not merged) is
+    applied to unit vectors, and each result, less the bias, is a column of its matrix.  Both give the same
+    bytes for the same map.  Signs of plain weights survive every cast between floating-point types; a sum of
+    weight and adapter may cross zero in a cast, and then counts as another map.
 
     Args:
         projection: a linear map with `in_features`, or transformers' Conv1D.
-        dtype: of the unit vectors.
+        dtype: dtype of the unit vectors.
     """
     weight: Any = getattr(projection, "weight", None)
     if (
@@ -43,7 +43,7 @@ def sign_bits(projection: nn.Module, dtype: torch.dtype) -> bytes:
 
 
 def _asked(projection: Any, dtype: torch.dtype) -> Tensor:
-    """Elements `[ROWS, COLUMNS]` of the map, from its answers to unit vectors."""
+    """Elements `[ROWS, COLUMNS]` of the map, by applying it to unit vectors."""
     width = int(projection.in_features)
     device = next(projection.parameters()).device
     _, columns = _chosen(1, width, device)
@@ -60,7 +60,7 @@ def _asked(projection: Any, dtype: torch.dtype) -> Tensor:
 
 
 def _chosen(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Indices of rows and columns, all of them where there are few."""
+    """Indices of rows and columns; all of them in small matrices."""
     rows = torch.arange(min(ROWS, height), device=device) * _ROW_FACTOR % height
     columns = torch.arange(min(COLUMNS, width), device=device) * _COLUMN_FACTOR % width
     return rows, columns

@@ -38,12 +38,12 @@ class Rotary:
 
     Args:
         model: in evaluation mode.
-        layouts: of each layer, if they are known; otherwise the model reads two short texts to find them.
+        layouts: one for each layer, if known; otherwise the model reads two short texts to find them.
 
     Attributes:
-        layouts: of each full-attention layer: `halves` or `neighbours` (see `pq.rebase`), `still` where keys
-            do not depend on the position, None where they do in another way (learned positions), so that
-            they cannot be moved.
+        layouts: one for each full-attention layer: `halves` or `neighbours` (see `pq.rebase`); `still` where
+            keys do not depend on the position; None where they depend on it in another way (learned
+            positions) and cannot be moved.
     """
 
     def __init__(self, model: PreTrainedModel, layouts: Sequence[KeyLayout | None] | None = None) -> None:
@@ -63,7 +63,7 @@ class Rotary:
     def lengths(self, longest: int) -> tuple[int, ...]:
         """Lengths of texts up to `longest` whose angles differ.
 
-        One, unless the scaling depends on the length of the text (dynamic, longrope).
+        A single length, unless the scaling depends on the length of the text (dynamic, longrope).
         """
         parameters = _parameters(self._config)
         original = min(int(p.get("original_max_position_embeddings") or self.context) for p in parameters)
@@ -78,7 +78,7 @@ class Rotary:
         """Radians, float64 `[..., n]`, by which a layer turns keys at `positions [...]` of a text.
 
         Args:
-            layer: counts the full-attention layers; one that turns its keys.
+            layer: counted among the full-attention layers; its keys must be turned.
             length: tokens of the text.
         """
         if not self._by_length:
@@ -99,7 +99,7 @@ class Rotary:
         return self.angles(layer, torch.tensor(1), self.context)
 
     def rebases(self, every: int) -> tuple[Rebase | None, ...]:
-        """Blocks of `every` tokens for each full-attention layer, None for those that stand still."""
+        """Blocks of `every` tokens for each full-attention layer; None for layers without rotation."""
         assert self.movable
         return tuple(
             None
@@ -214,7 +214,7 @@ def _keys(model: PreTrainedModel, ids: Tensor, offset: int) -> list[Tensor]:
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
-    """Relative error of a typical token: rounding may send a few to other experts.
+    """Relative error of the median token: rounding may send a few tokens to other experts.
 
     Padding tokens are zero vectors in the first layer; they count as equal.
     """
@@ -226,7 +226,7 @@ def served(codebook: Codebook, model: PreTrainedModel) -> Codebook:
     """The codebook for `model`, whose positions may be scaled in another way than the calibrated model's."""
     rebases = codebook.keys.rebases
     if not any(rebases) or len(rebases) != len(full_attention_layers(model.config)):
-        return codebook  # whether it fits at all, `Codebook.check` says
+        return codebook  # `Codebook.check` refuses it
     rotary = Rotary(model, ["still" if rebase is None else rebase.layout for rebase in rebases])
     ours = tuple(
         rebase and rebase.served(rotary.frequencies(layer), rotary.scale(layer))

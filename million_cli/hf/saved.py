@@ -1,8 +1,8 @@
 """Caches in files: a prompt that is read once serves many processes.
 
-One safetensors file: for each full-attention layer the codes of keys and values in rows, bit-packed, and the
-exact window; for each sliding-window layer what transformers keeps; a card as JSON.  The codebook is not in
-it, only its hash.
+One safetensors file: for each full-attention layer the bit-packed rows of key and value codes and the exact
+window; for each sliding-window layer the tensors that transformers keeps; a card as JSON.  It holds the hash
+of the codebook, not the codebook.
 
 Letters: B batch, Hkv KV heads, T tokens, D head_dim.
 """
@@ -30,10 +30,10 @@ VERSION = 1
 
 
 def write_cache(path: str | os.PathLike[str], cache: Cache, store: CodeStore, codebook: Codebook) -> None:
-    """Write what a cache holds, atomically; bytes are those of codes and window.
+    """Write the contents of a cache, atomically.
 
     Raises:
-        UserError: a cache that holds no text, or is amid a forward pass.
+        UserError: the cache holds no text, or is in the middle of a forward pass.
     """
     lengths = {store.length(layer) for layer in range(store.num_layers)}
     if len(lengths) != 1 or not store.length():
@@ -70,7 +70,7 @@ class SavedCache:
 
     Attributes:
         window: page size and residual window of the cache.
-        dtype: of its exact vectors.
+        dtype: dtype of its exact vectors.
 
     Raises:
         UserError: no such file, another kind of file or version, or one written with another codebook.
@@ -101,8 +101,8 @@ class SavedCache:
         """Put the text into an empty cache and its store.
 
         Raises:
-            UserError: tensors that are missing or of another shape than the card says.
-            PagePoolExhausted: (paged) no room.
+            UserError: tensors are missing, or of another shape than the card says.
+            PagePoolExhausted: (paged) there are too few pages.
         """
         for layer, spec in enumerate(store.specs):
             codes, exact = [], []
@@ -135,7 +135,7 @@ def _dense(cache: Cache) -> list[tuple[int, Any]]:
 
 
 def _digest(codebook: Codebook) -> str:
-    """A hash of what codes mean: centroids and maps."""
+    """A hash of centroids and maps, which decode the codes."""
     tensors: dict[str, Tensor] = {}
     for name, side in (("keys", codebook.keys), ("values", codebook.values)):
         tensors.update({f"{name}.{i}": centroids for i, centroids in enumerate(side.centroids)})

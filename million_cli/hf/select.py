@@ -1,7 +1,7 @@
-"""Which store and which code serve a run: one pure function, and the record of all that was not as asked.
+"""Which store and compute serve a run: one pure function, and the record of all fallbacks.
 
-The order of preference is paged kernel > contiguous kernel > torch.  `ops.support.support` knows what a
-kernel supports, and gives the reason where it cannot serve.
+The order of preference is paged kernel > contiguous kernel > torch.  `ops.support.support` returns the reason
+why a kernel cannot serve.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Fallback:
-    """Something wanted that the run did not get, and why."""
+    """One fallback: what was wanted, what is used instead, and the reason."""
 
     wanted: str
     got: str
@@ -82,7 +82,7 @@ class Fallback:
 
 @dataclass(frozen=True)
 class Choice:
-    """What serves the run, and what had to be given up for it, in order."""
+    """Store and compute of a run, and the fallbacks that led there, in order."""
 
     store: Store
     compute: Compute
@@ -100,15 +100,14 @@ class Choice:
 def choose(request: Request, query: KernelQuery, support: KernelSupport = support) -> Choice:
     """Choose store and compute for `request` in the situation that `query` describes.
 
-    On a CPU, torch is what "auto" means and no fallback; everywhere else each kernel that was passed over
-    is one.
+    On a CPU "auto" means torch, which is no fallback.  On other devices each kernel that was passed over is
+    a fallback.
 
     Example: paged, auto, on a GPU whose kernels lack the paged form -> ("contiguous", "kernel", one
     fallback).
 
     Raises:
-        UserError: `request.strict` and something else than the request would serve; the line names each
-            reason.
+        UserError: `request.strict` and the choice would be a fallback; the line names each reason.
     """
     if request.compute == "torch" or (request.compute == "auto" and query.device.type == "cpu"):
         return Choice(request.store, "torch")
@@ -140,5 +139,5 @@ def refuse(choice: Choice) -> None:
 
 @cache
 def log_once(fallback: Fallback) -> None:
-    """Log a fallback once in the life of the process, however many caches meet it."""
+    """Log a fallback once in a process, however many caches have it."""
     logger.warning("fallback: %s", fallback)

@@ -1,7 +1,7 @@
 """A PQ cache of fixed size for `generate`'s own compiled path.
 
-transformers compiles a decode step, as CUDA graphs on a GPU, if all layers of the cache say that they can be.
-Such a step runs no Python, so the tokens are counted on the device, and the host asks when it has to know.
+transformers compiles a decode step (to CUDA graphs on a GPU) if all layers of the cache are compileable.  A
+compiled step runs no Python, so the device counts the tokens, and the host reads the count when it needs it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from million_cli.spec import WindowSpec
 
 
 class StaticPQLayer(PQLayer):
-    """A layer whose steps of one token can be compiled; several tokens at once are appended as ever."""
+    """A layer whose steps of one token can be compiled; several tokens at once go as in `PQLayer`."""
 
     marker: Tensor | None = None
 
@@ -40,11 +40,11 @@ class StaticPQLayer(PQLayer):
         return handle, handle
 
     def get_seq_length(self) -> Any:
-        """Tokens: a number, or while steps are made a tensor of no dimensions on the device."""
+        """Tokens a sequence: a number, or during compiled steps a 0-dimensional tensor on the device."""
         return self._cache.tokens  # type: ignore[attr-defined]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Asked before each step, on the host: the mask of a step is one of fixed size."""
+        """Called on the host before each step; the mask of a step has a fixed size."""
         if self._cache.before_forward(query_length):  # type: ignore[attr-defined]
             return self.get_max_length(), 0
         return self._cache.store.length(self._position) + query_length, 0
@@ -56,8 +56,8 @@ class StaticPQLayer(PQLayer):
 class StaticPQCache(PagedPQCache):
     """A `PagedPQCache` with memory for `max_length` tokens a sequence, taken at the first append.
 
-    Where kernels serve it and all layers have full attention, `generate` compiles its steps as those of a
-    static cache; else it behaves as a `PagedPQCache`.
+    Where kernels serve it and all layers have full attention, `generate` compiles its steps as it does for a
+    static cache; otherwise it behaves as a `PagedPQCache`.
 
     Args:
         max_length: prompt and new tokens together.
@@ -85,7 +85,7 @@ class StaticPQCache(PagedPQCache):
             raise UserError(f"max_length={max_length}: accepted are positive integers")
         self.max_length = max_length
         self._pq_steps: PQSteps | None = None
-        self._asked = 0  # steps that may have been made since the host last knew the length
+        self._asked = 0  # steps that may have run since the host last read the length
         super().__init__(
             model, codebook, window, prefill=prefill, compute=compute, strict=strict, kernels=kernels
         )
@@ -97,7 +97,7 @@ class StaticPQCache(PagedPQCache):
 
     @property
     def tokens(self) -> int | Tensor:
-        """Tokens a sequence; while steps are made, on the device."""
+        """Tokens a sequence; during compiled steps a tensor on the device."""
         return self.steps.device_length() if self._asked else self.store.length()
 
     def before_forward(self, new_tokens: int) -> bool:
@@ -127,7 +127,7 @@ class StaticPQCache(PagedPQCache):
         return super().append(position, keys, values)
 
     def _begin_steps(self) -> None:
-        """Take all pages and make what the operations keep: a compiled step must not."""
+        """Take all pages and allocate the operations' buffers: a compiled step must not allocate."""
         if self._pq_steps is None:
             self._pq_steps = PQSteps(self, self._query.device)
         self._pq_steps.begin(None)
@@ -138,11 +138,11 @@ class StaticPQCache(PagedPQCache):
             layer.marker = self._pq_steps.marker
 
     def _settle(self) -> None:
-        """Ask the device how many steps there have been."""
+        """Read from the device how many steps have run."""
         if not self._asked:
             return
         self._asked = 0
-        self.steps.stepped(int(self.steps.device_length()) - self.store.length())
+        self.steps.advance(int(self.steps.device_length()) - self.store.length())
         for layer in self.layers:
             if isinstance(layer, StaticPQLayer):
                 layer.marker = None

@@ -1,8 +1,8 @@
 """A decode step as transformers' models see it: a cache layer that `torch.compile` and CUDA graphs can hold.
 
-For one new token the layer does not touch anything: it hands K and V on to the attention function, which
-gives them, with the query, to one opaque operation.  That operation finds the cache it belongs to, appends
-and attends.  So a compiled step knows nothing of the kind of cache, and the same one serves all.
+For one new token the layer hands K and V on to the attention function, which passes them, with the query, to
+one opaque operation.  That operation finds its cache, appends and attends.  So a compiled step does not
+depend on the kind of cache, and one compilation serves all.
 
 Letters: B batch, Hq/Hkv query and KV heads, D head_dim, N new tokens.
 """
@@ -27,11 +27,11 @@ _LIBRARY.define(
 
 
 class Steps(Protocol):
-    """What a loop over decode steps needs of a cache.  All sequences hold the same number of tokens."""
+    """The interface of a cache to a loop over decode steps.  All sequences hold the same number of tokens."""
 
     @property
     def marker(self) -> Tensor:
-        """A tensor that only this cache has: the operation finds the cache by its address."""
+        """A tensor that belongs to this cache alone: the operation finds the cache by its address."""
         ...
 
     def expect(self, length: int) -> None:
@@ -39,20 +39,20 @@ class Steps(Protocol):
         ...
 
     def begin(self, first_valid: Tensor | None) -> None:
-        """The prefill is done, steps come next, all with this `first_valid` (see `attend`)."""
+        """The prefill is done; all steps that follow have this `first_valid` (see `attend`)."""
         ...
 
     def ready(self) -> Hashable | None:
         """Make room for one more token, without waiting for the device.
 
         Returns:
-            What a captured step depends on: it can be launched again while this is equal.  None if steps
-            are no longer to be had, and the cache must be used through its layers.
+            A key: a captured step can be launched again while the key stays equal.  None if there are no
+            more steps, and the cache must be used through its layers.
         """
         ...
 
     def prepare(self, key: Hashable) -> None:
-        """Do what cannot be done while a step for `key` is captured."""
+        """Prepare a step for `key`: work that cannot run during its capture."""
         ...
 
     def attend(
@@ -60,12 +60,12 @@ class Steps(Protocol):
     ) -> Tensor:
         """Append `key`, `value [B, Hkv, D]` and attend with `query [B, Hq, D]`: launches only.
 
-        Layers are gone through in order, the first one counts the token.  first_valid: int32 `[B]`
+        Layers come in order; the first one counts the token.  first_valid: int32 `[B]`
         on the device, or None without padding.
         """
         ...
 
-    def stepped(self) -> None:
+    def advance(self) -> None:
         """One whole step has been launched."""
         ...
 
@@ -143,14 +143,14 @@ class StepLayer(CacheLayerMixin):
 
 
 def step_cache(steps: Steps, num_layers: int) -> Cache:
-    """What a model is given as its cache for one step of `steps`; every layer has full attention."""
+    """The cache that a model gets for one step of `steps`; every layer has full attention."""
     return Cache(layers=[StepLayer(steps.marker, position) for position in range(num_layers)])
 
 
 def padding_of_step(first_valid: Tensor | None, device: torch.device) -> Tensor:
     """The attention mask of a step: int32 `[B, 1, 1, 1]`, the first valid position of each sequence.
 
-    Models hand a mask of four dimensions on as it is, whatever is in it.  Without padding it has no elements.
+    Models pass a mask of four dimensions on unchanged.  Without padding it has no elements.
     """
     if first_valid is None:
         return torch.zeros(1, 1, 1, 0, dtype=torch.int32, device=device)
@@ -161,8 +161,8 @@ def step_attention(query: Tensor, handle: StepHandle, mask: Any, scale: float) -
     """Attention of one new token, `query [B, Hq, 1, D]`.
 
     Args:
-        mask: that of `padding_of_step`, or what the model's own implementation makes of padding: None, bool
-            `[B, T]` or `[B, 1, 1, T]`, or additive floats; T is at least the length.
+        mask: the result of `padding_of_step`, or the mask that the model makes itself: None, bool `[B, T]` or
+            `[B, 1, 1, T]`, or additive floats; T is at least the length.
 
     Returns:
         `[B, 1, Hq, D]` and no attention weights, as transformers wants it.

@@ -24,9 +24,9 @@ _KEY = "_million_switch"
 
 
 class AttentionSwitch:
-    """The configurations of one model and what was in them before a forward pass.
+    """The configurations of one model, and their attention functions before a forward pass.
 
-    One forward pass of a model at a time: threads that share a model take turns.
+    A model runs one forward pass at a time: threads that share a model take turns.
     """
 
     def __init__(self, configs: list[PreTrainedConfig]) -> None:
@@ -73,7 +73,7 @@ def use_pq_attention(model: PreTrainedModel) -> AttentionSwitch:
 
 @contextmanager
 def pq_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Our function for all forward passes inside: for code that calls a compiled forward by itself."""
+    """Our attention function for all forward passes inside, for code that calls a compiled forward itself."""
     switch = use_pq_attention(model)
     switch.enter(_CALLER, True)
     try:
@@ -83,7 +83,7 @@ def pq_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _switchable_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """The configurations that `set_attn_implementation` reaches, as they were."""
+    """The configurations that `set_attn_implementation` changes, with their old values restored."""
     configs = {
         id(c): c for m in model.modules() if isinstance(c := getattr(m, "config", None), PreTrainedConfig)
     }

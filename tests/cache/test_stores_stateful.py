@@ -125,7 +125,7 @@ class Stores(RuleBasedStateMachine):
                 )
                 assert ((out[0] - expected[:, :, 0]).abs() <= 1e-11).all()
             for view in views:
-                view.stepped()
+                view.advance()
 
     @precondition(lambda self: self.batch and self.filled)
     @rule(ahead=st.integers(0, 120))
