@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written beside their place, then renamed onto it.
+"""Files that are either whole or absent: written beside their target, then renamed onto it.
 
 Every writer here raises a `UserError` when the file cannot be written (no such folder, no permission, disk
 full) and leaves neither a partial file nor a temporary one; a file that was there before stays as it was.
@@ -47,7 +47,7 @@ _CLEANED: set[tuple[int, Path]] = set()
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path in the folder of `path`; what the body writes there becomes `path` if it ends well.
+    """A temporary path in the folder of `path`; if the body succeeds, the file there becomes `path`.
 
     Missing parent folders are made.  The data is synced before the rename, so a crash leaves the old file.
 
@@ -75,7 +75,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _hold(temporary: Path) -> int:
-    """Make the temporary file and lock it for as long as the descriptor, or this process, lives."""
+    """Make the temporary file, locked until the descriptor is closed or this process ends."""
     while True:
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666)
         if fcntl is None:
@@ -106,10 +106,10 @@ def _remove_leftovers(folder: Path) -> None:
 
 @contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A new folder beside `path`; with what the body writes into it, it becomes `path` if the body ends well.
+    """A new folder beside `path`; if the body succeeds, it becomes `path` with all that was written into it.
 
-    `path` must not exist, and its writers exclude one another by a lock: folders that an earlier writer was
-    killed in are removed first.  Files get the permissions of any new file, whoever wrote them.
+    `path` must not exist, and its writers exclude one another by a lock: leftover folders of killed writers
+    are removed first.  Files get the permissions of any new file, whoever wrote them.
 
     Raises:
         UserError: an `OSError` inside the body or at the rename, with the path and the system's reason.
@@ -141,7 +141,7 @@ def user_cache() -> Path:
 
 
 def read_whole(file: IO[bytes], what: str, limit: int) -> bytes:
-    """All of an open file, or of a packed one whatever size its directory tells.
+    """The content of an open file, or of a packed file whose stated size may be wrong.
 
     Raises:
         UserError: it holds more than `limit` bytes.

@@ -1,4 +1,4 @@
-"""Rows that are kept as soon as they are made, so that a long job continues where it was stopped."""
+"""Rows that are written as soon as they are made, so that a long job continues where it was stopped."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from million_cli.errors import UserError
 class Journal:
     """Values by key, in a file of JSON lines that only grows; without a path, in memory alone.
 
-    A line that a crash cut short is passed over when the file is read; rows written with it are made again.
+    Reading skips a line that a crash cut short; its rows are made again.
     Processes may write to one file at a time: each `add` is one appending write.
 
     Args:
@@ -76,7 +76,7 @@ class Journal:
 
 @dataclass(frozen=True)
 class Journals:
-    """What was made with the cache under test, and with the dense cache; one journal if they are the same."""
+    """The journals of the cache under test and of the dense cache; one journal if they are the same."""
 
     cache: Journal = field(default_factory=Journal)
     dense: Journal = field(default_factory=Journal)

@@ -29,12 +29,13 @@ class Case:
 
     Attributes:
         context: tokens of the prompt.
-        impls: what is compared.
+        impls: the implementations to compare.
         model: a name under conf/model, a folder or a name on the hub; None is the job's model.
         batch: sequences at once.
-        what: speed, largest (the largest batch that fits) or breakdown (time of a step by stage).
-        fill: hold random codes or K and V instead of reading a prompt; then there is no time to first token.
-        new_tokens: steps timed; None is the benchmark's.
+        what: `speed`, `largest` (the largest batch that fits) or `breakdown` (time of a step by stage).
+        fill: fill the caches with random codes or K and V instead of reading a prompt; the row then has no
+            time to the first token.
+        new_tokens: steps timed; None takes the benchmark's number.
 
     Raises:
         UserError: a value out of range.
@@ -92,13 +93,13 @@ class Config:
         cases: see `Case`, in order of importance; None is the suite of the device.
         suites: cases by type of device, `cuda` and `cpu`.
         new_tokens: steps timed in each round.
-        rounds: each turns the order around.
+        rounds: measurements of each implementation; every round reverses the order.
         compile: of the engine's steps: none, default or tuned; auto is default on a GPU and none on a CPU.
         fill: for the cases that do not set it.
         dtype: of random weights: auto (float16 on a GPU, float32 on a CPU) or a name.
         breakdown: after every case of speed, time the steps of our engine by stage too.
-        budget_s: no case is begun after so many seconds; None is no limit.
-        resume: pass over what an earlier run with the same `out` has measured.
+        budget_s: start no case after so many seconds; None is no limit.
+        resume: skip rows that an earlier run with the same `out` has measured.
     """
 
     name: str = "e2e"

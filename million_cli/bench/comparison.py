@@ -1,6 +1,6 @@
 """One case measured on a loaded model: all implementations in turns, in one process.
 
-The order alternates from round to round, so what drifts in a run drifts for all.
+Every round reverses the order, so a drift within a run affects all alike.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from million_cli.pq.codebook import Codebook
 from million_cli.spec import PQSpec
 
 STAGED_STEPS = 8
-"""Steps that are divided into stages."""
+"""Steps whose stages are timed."""
 MOST_ON_CPU = 4
-"""The largest batch that is tried where no allocator says that memory is out."""
+"""The largest batch to try where no allocator reports that memory is out."""
 
 Guard = Callable[[Case, Implementation, Callable[[], Row]], Row]
-"""Gives what a measurement gives with `status` ok; one that fails may become a row that says so."""
+"""Runs a measurement: its row with `status` ok, or for a failure a row that says so."""
 
 
 @dataclass
@@ -47,8 +47,8 @@ class Comparison:
     Attributes:
         new_tokens: steps timed in each round, for cases that do not set it.
         seed: of prompts and random codebooks.
-        guard: called around every measurement.
-        go_on: asked before each round but the first.
+        guard: runs every measurement.
+        go_on: called before each round but the first; False ends the rounds.
     """
 
     model: PreTrainedModel
@@ -125,7 +125,7 @@ class Comparison:
 
         guess, on_gpu = 1, self.device.type == "cuda"
         if fits(1) and on_gpu:
-            # The memory of the codebooks is there already, so what a second sequence takes is known.
+            # The codebooks are in memory already, so the difference is the memory of one sequence.
             free = torch.cuda.mem_get_info(self.device)[0]
             guess = max(1, int(free / float(facts["cache_bytes"] or 1)))
         if failed:
@@ -169,7 +169,7 @@ class Comparison:
         return impl.runner(Job(self.model, case.context, steps, compile, self._codebook_for(impl)))
 
     def _codebook_for(self, impl: Implementation) -> Codebook | None:
-        """One at a time is kept: they are large."""
+        """The codebook of an implementation; one is kept at a time, as they are large."""
         of_model = fingerprint(self.model)
         specs = impl.codes(len(of_model.layers), of_model.head_dim)
         if specs is None:

@@ -1,4 +1,4 @@
-"""`million bench e2e`: all cases in one run, each row kept as soon as it is measured.
+"""`million bench e2e`: all cases in one run; each row is written as soon as it is measured.
 
 Without Hydra: `python -m million_cli.bench.e2e OUT [key=value ...]`, keys of `conf/bench/e2e.yaml`.
 """
@@ -34,11 +34,11 @@ from million_cli.results import git_commit, now, running, version
 from million_cli.tables import Scalar, write_table
 
 ATTEMPTS = 2
-"""Times that a measurement may end the process before its row stays `died`."""
+"""A measurement may end the process so many times; then its row stays `died`."""
 UNUSABLE = 75
-"""Exit code after a CUDA error that no later call survives: start again, what is measured is kept."""
+"""Exit code after a CUDA error that makes later calls fail: start again; measured rows are kept."""
 ORIGIN = ("model", "context", "batch", "gpu", "dtype", "commit", "torch", "transformers", "command")
-"""Columns of `e2e.csv` that the stages get too."""
+"""Columns of `e2e.csv` that tables of stages have too."""
 
 
 class DeviceLost(RuntimeError):  # noqa: N818
@@ -46,13 +46,13 @@ class DeviceLost(RuntimeError):  # noqa: N818
 
 
 class Bench:
-    """One run.  Rows go into `out/e2e.jsonl` as they are earned; `out/e2e.csv` is all of them.
+    """One run.  Rows go into `out/e2e.jsonl` as they are measured; `out/e2e.csv` holds all of them.
 
-    A row that is in neither is measured again by the next run with the same `out`.  A measurement that ended
-    its process is tried `ATTEMPTS` times.
+    The next run with the same `out` measures the missing rows.  A measurement that ended its process is tried
+    `ATTEMPTS` times.
 
     Args:
-        own: the job's own model, for cases that name none.
+        own: the job's own model, for cases that name no model.
 
     Raises:
         UserError: a setting out of range, or a case that does not fit into a CPU's memory.  Nothing is loaded
@@ -79,7 +79,7 @@ class Bench:
         """All rows, those of earlier runs with the same `out` included.
 
         Raises:
-            DeviceLost: start again to go on.
+            DeviceLost: the GPU is lost; a new run continues.
         """
         rows: list[Row] = []
         with progress(sum(len(case.impls) for case in self.cases), "end to end", "row") as bar:
@@ -168,7 +168,7 @@ class Bench:
     # -- measuring -------------------------------------------------------------------------------------------
 
     def measure(self, case: Case) -> dict[str, Row]:
-        """A row an implementation, whatever happens.
+        """A row for each implementation, also for failures.
 
         Raises:
             UserError: the model cannot be loaded.
@@ -220,12 +220,12 @@ class Bench:
         return self._loaded[1]
 
     def _guard(self, case: Case, impl: Implementation, measure: Callable[[], Row]) -> Row:
-        # `largest` tries batches of its own; they are attempts at the row of the case.
+        # `largest` tries several batches; all are attempts at the row of the case.
         with self._attempt(case, (impl,)):
             return guarded(measure, self.device)
 
     def row(self, case: Case, impl: Implementation, measured: Row) -> Row:
-        """What is known of a case, with what was measured."""
+        """The columns of a case and its measurement."""
         model = self._loaded[1].model if self._loaded is not None else None
         row: Row = {
             "gpu": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
@@ -260,7 +260,7 @@ def dense_bytes(model: PreTrainedModel, tokens: int) -> int:
 
 
 def table(rows: list[Row]) -> str:
-    """The rows for people; `/static` and `/dense` are the times of those implementations over the row's."""
+    """The rows as text; `/static` and `/dense` are the times of those implementations over the row's."""
     lines = [
         f"{'model':20} {'context':>8} {'batch':>5}  {'cache':22} {'TTFT ms':>9} {'TPOT ms':>8} {'tok/s':>8} "
         f"{'cache GB':>8} {'/static':>7} {'/dense':>7}  status"

@@ -1,4 +1,4 @@
-"""Caches full of random tokens, in place of a prompt: decode steps are timed without the prefill."""
+"""Caches filled with random tokens instead of a prompt, to time decode steps without the prefill."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def fill(engine: Engine, batch: int, length: int, new_tokens: int = 0) -> None:
     """Let an engine's empty cache hold `length` random tokens in each of `batch` sequences.
 
     Args:
-        new_tokens: steps that will follow: memory is taken for them at once.
+        new_tokens: steps that will follow; memory is taken for them at once.
 
     Raises:
         UserError: the cache is too small for the tokens.

@@ -1,4 +1,4 @@
-"""Measurements that may fail: what failed becomes a row, and memory is given back either way."""
+"""Measurements that may fail: a failure becomes a row, and memory is freed in any case."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from million_cli.bench.measure import Row
 logger = logging.getLogger("million")
 
 KEPT_BYTES = 4 << 30
-"""Memory that a measurement may leave allocated: codebooks are made by the first that needs them."""
+"""Bytes that a measurement may leave allocated: the first to need codebooks makes them."""
 
 
 def guarded(measure: Callable[[], Row], device: torch.device) -> Row:
@@ -50,7 +50,7 @@ def failure(error: BaseException) -> Row:
 
 
 def clear(device: torch.device) -> None:
-    """Give memory back."""
+    """Free the memory of a measurement."""
     gc.collect()
     if device.type == "cuda":
         try:
@@ -60,7 +60,7 @@ def clear(device: torch.device) -> None:
 
 
 def device_works(device: torch.device) -> bool:
-    """Whether the process can still use its device: some CUDA errors are for good."""
+    """Whether the process can still use its device: after some CUDA errors it cannot."""
     if device.type != "cuda":
         return True
     try:

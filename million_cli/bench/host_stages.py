@@ -1,9 +1,8 @@
-"""The spans of decode steps on a CPU, by a clock that is read where modules and the cache are called.
+"""The spans of decode steps on a CPU, from the times of calls to modules and to the cache.
 
-Hooks on the model's modules mark where a span begins.  The cache that a layer is called with is replaced by
-a stand-in that marks its `update`: what the cache does there is `append` (encoding included), what follows up
-to the output projection is `attention`.  A cache that is appended to inside the attention operation, as the
-dense engine's is, has its append counted in `attention`.
+Hooks on the model's modules mark the start of a span.  A stand-in for the cache marks its `update`: the time
+inside is `append` (encoding included), the time from there to the output projection is `attention`.  Where
+the attention operation itself appends, as in the dense engine, `attention` includes the append.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ MODULES = {
 
 
 class StageClock:
-    """A context manager; inside it, every step of the model leaves its spans in `steps`."""
+    """A context manager; inside it, the spans of every step of the model are added to `steps`."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -57,13 +56,13 @@ class StageClock:
         self._undo.close()
 
     def step(self, step: Callable[[], object]) -> None:
-        """Run a step; what it does before the embedding is in no span."""
+        """Run a step; time before the embedding belongs to no span."""
         self.steps.append([])
         step()
         self._close()
 
     def mark(self, stage: str, name: str) -> None:
-        """From now on time belongs to `stage`."""
+        """Time from now on belongs to `stage`."""
         self._close()
         self._open = stage, name, 1e6 * time.perf_counter()
 

@@ -1,7 +1,7 @@
-"""What the benchmarks compare: our engine with each cache, and transformers' own caches.
+"""The implementations that benchmarks compare: our engine with each cache, and transformers' own caches.
 
-An implementation is an object that makes a runner; `name` is for the record alone.  `IMPLEMENTATIONS` is the
-only place that turns a name into an implementation.
+An implementation is an object that makes a runner; `name` is for the record alone.  Only `IMPLEMENTATIONS`
+turns a name into an implementation.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ WIDTHS = {4: (2, 2), 3: (2, 4), 2: (4, 4)}
 
 @dataclass(frozen=True)
 class Job:
-    """What an implementation serves: a prompt of `context` tokens and `new_tokens` steps after it.
+    """The work of a runner: a prompt of `context` tokens and `new_tokens` steps after it.
 
     Attributes:
-        codebook: for an implementation whose `codes` are not None.
+        codebook: set if `codes` of the implementation is not None.
     """
 
     model: PreTrainedModel
@@ -50,7 +50,7 @@ class Implementation(Protocol):
     """One way to serve a case.
 
     Attributes:
-        ours: whether our engine makes the steps.
+        ours: whether our engine runs the steps.
     """
 
     @property
@@ -60,11 +60,11 @@ class Implementation(Protocol):
     def ours(self) -> bool: ...
 
     def compiled(self, compile: Compile) -> str:
-        """How its steps are compiled where the benchmark says `compile`."""
+        """How its steps are compiled when the benchmark asks for `compile`."""
         ...
 
     def codes(self, layers: int, head_dim: int) -> list[PQSpec] | None:
-        """The codes of each layer that it needs a random codebook for, or None."""
+        """The codes of each layer for a random codebook; None if it needs no codebook."""
         ...
 
     def runner(self, job: Job) -> Runner:
@@ -72,13 +72,13 @@ class Implementation(Protocol):
 
         Raises:
             ImportError: a package that the implementation needs is missing.
-            UserError: the model is not one that it serves.
+            UserError: it does not serve the model.
         """
         ...
 
 
 class _Ours:
-    """What implementations by our engine share."""
+    """The common part of implementations by our engine."""
 
     ours: ClassVar[bool] = True
 
@@ -90,7 +90,7 @@ class _Ours:
 
 
 class _Theirs(_Ours):
-    """What transformers' caches share: attention by sdpa, no compilation of the loop."""
+    """The common part of transformers' caches: attention by sdpa, no compilation of the loop."""
 
     ours: ClassVar[bool] = False
 
@@ -106,7 +106,7 @@ class PQ(_Ours):
         bits: mean bits of an element.
         mixed: bits differ by layer, as budgets allocate them: the last eighth of the layers has 8, the first
             quarter 2, the rest 4.
-        kernels: that may serve the cache.
+        kernels: the kernels that may serve the cache.
     """
 
     store: Literal["paged", "contiguous"]
@@ -147,7 +147,7 @@ class Given(_Ours):
     """Our engine with any cache.
 
     Attributes:
-        make: an empty cache.
+        make: makes an empty cache.
     """
 
     name: str

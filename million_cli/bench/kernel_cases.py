@@ -40,7 +40,7 @@ CASES = (
     Case(8, 32, 8, 32768, m_keys=128, m_values=64),
     Case(8, 32, 8, 32768, m_keys=32, m_values=16),
 )
-"""The shapes whose figures are tracked; the dense rows of a shape are measured beside each."""
+"""The shapes whose figures are tracked; dense attention of the same shape is measured beside each."""
 
 LOOKUP_CASES = (CASES[1], CASES[4])
 """Cases that the contiguous lookup-table kernel is measured on too, in both layouts of the values."""
@@ -78,7 +78,7 @@ class Config:
         heads: query and KV heads, e.g. `32/8` (of decode cases).
         decode: measure decode attention.
         encode: measure encoding.
-        replays: of each CUDA graph; the median of their times is the figure.
+        replays: replays of each CUDA graph; the figure is their median time.
     """
 
     name: str = "kernel"

@@ -1,8 +1,8 @@
 """The spans of decode steps on a GPU: the kernels that a profiler records, each with its stage.
 
 A kernel's name does not tell its stage: all products by weights have the same names, and compiled steps fuse
-the rest.  The order does: in each layer the projections come before attention, the output projection is the
-first product after it, and the MLP's products follow.  Names tell only the kind of a kernel: product,
+other kernels.  The order tells it: in each layer the projections come before attention, the output projection
+is the first product after it, and the MLP's products follow.  Names tell only the kind of a kernel: product,
 attention, append and so on (`KINDS`).
 """
 

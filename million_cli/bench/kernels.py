@@ -163,9 +163,10 @@ def _relative_error(got: Tensor, exact: Tensor) -> float:
 
 
 def _paged_rows(case: Case, device: torch.device, replays: int) -> Iterator[dict[str, Any]]:
-    """Without and with what trained codebooks have, over the same buffers.
+    """Decode attention without and with the maps of trained codebooks, over the same buffers.
 
-    That is a rotation of keys and of values for each head, and keys relative to the origin of their block.
+    The maps are a rotation of keys and of values for each head, and keys relative to the origin of their
+    block.
     """
     dtype = getattr(torch, case.dtype)
     B, Hkv, D, P, R = case.batch, case.kv_heads, case.head_dim, WINDOW.page_size, WINDOW.residual

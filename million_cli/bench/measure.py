@@ -20,7 +20,7 @@ Row = dict[str, Scalar]
 
 
 class Runner(Protocol):
-    """Serves one case.  It is made for the case, takes memory, and is dropped after."""
+    """Serves one case.  It is made for the case, holds its memory, and is dropped after it."""
 
     def prefill(self, ids: Tensor) -> None:
         """Read the prompt `[B, T]` up to its first new token."""
@@ -31,7 +31,7 @@ class Runner(Protocol):
         ...
 
     def warm(self, steps: int) -> None:
-        """Do all that the next `steps` steps need only once; takes a step or more itself."""
+        """Do the one-time work of the next `steps` steps; runs a step or more itself."""
         ...
 
     def step(self) -> None:
@@ -43,13 +43,13 @@ class Runner(Protocol):
         ...
 
     def facts(self) -> Row:
-        """Columns that only the runner knows: bytes, detail, ..."""
+        """Columns of the row that only the runner knows: bytes, detail, ..."""
         ...
 
 
 @dataclass
 class Times:
-    """Milliseconds, of all rounds."""
+    """Times of all rounds, in milliseconds."""
 
     ttft: list[float] = field(default_factory=list)
     steps: list[float] = field(default_factory=list)

@@ -26,7 +26,7 @@ class Source:
         name: for messages.
         dtype: as for `load_model`; of random weights auto is float16 on a GPU and float32 on a CPU.
         trust_remote_code: as for `load_model`.
-        loaded: gives the model, where something else loads it.
+        loaded: returns the model, if the caller loads it.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Codebooks with random centroids: right for time and memory, useless for quality."""
+"""Codebooks with random centroids, for measurements of time and memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a decode step is divided into."""
+"""The stages of a decode step."""
 
 from __future__ import annotations
 

@@ -26,14 +26,14 @@ MEMORY = (
 
 @dataclass
 class Config:
-    """What is timed.
+    """The settings of `million bench`.
 
     Attributes:
         context: tokens of the prompt.
         new_tokens: decode steps timed in each round.
         batch: sequences at once.
-        rounds: of both caches in turns; each turns the order around.
-        compile: of the engine's steps, as for `million bench e2e`.
+        rounds: measurements of both caches; every round reverses the order.
+        compile: how the engine's steps are compiled, as for `million bench e2e`.
         breakdown: also time a step by stage.
     """
 

@@ -1,7 +1,7 @@
-"""The stages of a decode step, and how the time of steps is divided among them.
+"""The time of decode steps by stage.
 
-Where the spans of a step come from depends on the device: on a GPU each is a kernel of a replayed step
-(`kernel_stages`), on a CPU what runs between two calls of modules or of the cache (`host_stages`).
+The spans of a step depend on the device.  On a GPU a span is a kernel of a replayed step (`kernel_stages`),
+on a CPU the time between two calls of modules or of the cache (`host_stages`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from million_cli.tables import Scalar, write_table
 
 
 class Share(NamedTuple):
-    """What a span of a step takes, as the mean over steps; `kernel` is its name."""
+    """The mean time of a span over steps; `kernel` is its name."""
 
     stage: str
     kernel: str

@@ -1,4 +1,4 @@
-"""Alternatives to product quantization, measured in the same way: same tokens, same window, honest bits.
+"""Alternatives to product quantization, measured alike: same tokens, same window, all stored bits counted.
 
 A codec is a class in a file of its own (see `codec.Codec`) with a line in `registry.CODECS`, or an entry
 point `million.codecs` of another package.

@@ -1,4 +1,4 @@
-"""The interface of a codec: what storage gives back for whole pages, and the bits that it takes.
+"""The interface of a codec: whole pages as they come back from storage, and their bits.
 
 A codec is a class with a dataclass `Config`, its settings (`quantizer.codec` of a configuration; unknown keys
 and wrong types are refused), made by `Codec(config, shape, seed)`.
@@ -20,7 +20,7 @@ from million_cli.pq.samples import LayerSamples
 
 @dataclass(frozen=True)
 class Shape:
-    """The vectors that a codec is given.
+    """The shape of the vectors that a codec gets.
 
     Attributes:
         head_dim: D; page_size: P, tokens that are quantised together.
@@ -63,10 +63,10 @@ class Groups:
 class Codec(Protocol):
     """A way to store K and V.
 
-    bits: of a stored element, mean of keys and values, with all that is stored beside codes.
+    bits: bits of a stored element, mean of keys and values; scales and the like included.
 
-    A codec with an attribute `rebase`, a `pq.rebase.Rebase`, is given keys relative to the origin of their
-    block, and what it returns is brought back: with blocks of one token, these are keys before RoPE.
+    A codec with an attribute `rebase` (a `pq.rebase.Rebase`) gets keys relative to the origin of their block,
+    and its result is brought back.  With blocks of one token these are keys before RoPE.
     """
 
     @property

@@ -1,6 +1,6 @@
-"""A dense cache whose K and V have been through the codec: everything quantised at once, no exact window.
+"""A dense cache of coded and decoded K and V, without an exact window.
 
-It measures a codebook by itself, as the MILLION paper does; it saves no memory.
+It measures a codebook by itself, as the MILLION paper does, and saves no memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from million_cli.pq import Codebook, LayerPQ, decode, encode
 
 
 class DistortLayer(DynamicLayer):
-    """Keeps the nearest vectors that codes can express instead of K and V."""
+    """Keeps coded and decoded vectors in place of K and V."""
 
     def __init__(self, keys: LayerPQ, values: LayerPQ) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""A cache whose old pages have been through a codec: what it costs in quality, not in memory or time.
+"""A cache whose old pages went through a codec: it shows the cost in quality, not in memory or time.
 
 The rules are those of `cache.store.CodeStore`: after every append the oldest `coded_length(length)` tokens
-are as storage gives them back, the rest is exact, and a query sees its own boundary between the two.  All of
-it is differentiable, for a codec that is.
+are as storage returns them, the others are exact, and each query has its own boundary between the two.  All
+of it is differentiable if the codec is.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Observe = Callable[[Tensor, Tensor, int], None]
 
 @dataclass(frozen=True)
 class SimulatedView:
-    """What the N newest tokens of a layer attend to; the counterpart of `cache.view.KVView`.
+    """Keys and values for the N newest tokens of a layer; the counterpart of `cache.view.KVView`.
 
     stored_keys, stored_values: `[B, Hkv, coded, D]`, from storage; keys, values: `[B, Hkv, _, D]`, the exact
     ones of the tokens boundaries[0] .. length - 1; boundaries: N counts, query i sees stored tokens
@@ -146,7 +146,7 @@ class SimulatedLayer(CacheLayerMixin):
         raise UserError("a simulated cache cannot be cropped; accepted are PQ and dense caches")
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Sequence i becomes what sequence beam_idx[i] was."""
+        """Sequence i becomes a copy of sequence beam_idx[i]."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -163,7 +163,7 @@ class SimulatedCache(Cache):
 
     Args:
         model: to serve; while this cache goes through it, it uses our attention function.
-        codec: what becomes of pages; one for all full-attention layers, or one for each.
+        codec: the codec of all full-attention layers, or one for each.
         window: page size and residual window.
         prefill: as for `DynamicPQCache`.
         observe: called with the position of a full-attention layer, its new K and V, and how many tokens it

@@ -1,7 +1,7 @@
 """The quantisers of transformers' QuantizedCache: quanto and hqq, each an optional package.
 
-transformers quantises the whole text again whenever its residual fills, and shows a prefill nothing of it.
-Here its layers only quantise and dequantise; pages and window are ours, so that all methods see the same.
+transformers quantises the whole text again whenever its residual is full, and a prefill sees exact tokens.
+Here its layers only quantise and dequantise; pages and window are ours, so that all methods are alike.
 """
 
 from __future__ import annotations

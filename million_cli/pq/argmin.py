@@ -1,4 +1,4 @@
-"""What both the encoder and k-means need to find nearest centroids in blocks of distances."""
+"""Nearest centroids in blocks of distances, for the encoder and for k-means."""
 
 from __future__ import annotations
 

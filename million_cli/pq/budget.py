@@ -1,4 +1,4 @@
-"""Bits where they matter: which codes each layer gets when the mean over all layers is what is given."""
+"""Budgets of bits: the codes of each layer for a given mean over all layers."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from million_cli.pq.transform import Transform
 
 
 def allocate(costs: Sequence[Sequence[float]], sizes: Sequence[int], budget: int) -> list[int]:
-    """The choice of each item that makes the sum of costs least with a sum of sizes of at most `budget`.
+    """The choice of each item with the least sum of costs, with a sum of sizes of at most `budget`.
 
-    costs[i][j] is what choice j costs item i, sizes[j] what it takes.  Exact, by dynamic programming over the
-    sums of sizes; among equal costs the smaller sum wins.
+    costs[i][j] is the cost of choice j for item i, sizes[j] the size of choice j.  Exact, by dynamic
+    programming over the sums of sizes; among equal costs the smaller sum wins.
 
     Raises:
         UserError: the smallest choices exceed the budget.
@@ -38,9 +38,9 @@ def allocate(costs: Sequence[Sequence[float]], sizes: Sequence[int], budget: int
 
 
 def assemble(parts: Sequence[tuple[Sequence[int], ProductQuantizer]]) -> ProductQuantizer:
-    """One side from quantizers of some of its layers each, with the positions of those layers.
+    """Assemble one side from parts: each is the positions of some layers and their quantizer.
 
-    A part of all layers is the side itself; otherwise the scope is layer or head.
+    A single part of all layers is returned as it is; otherwise the scope must be layer or head.
     """
     if len(parts) == 1:
         return parts[0][1]

@@ -1,4 +1,4 @@
-"""The codebook: centroids and transforms of a model's keys and values, with a card that tells their origin.
+"""The codebook: centroids and transforms of a model's keys and values, with a card that says their origin.
 
 One safetensors file: `keys.centroids.<i>` of each layer (of the 0th alone if all layers share them),
 `keys.encode` and `keys.decode`, the same for `values`, float32; `keys.frequencies`, float64, where keys are
@@ -31,7 +31,7 @@ SIDES = ("keys", "values")
 
 @dataclass(frozen=True, eq=False)
 class LayerPQ:
-    """What codes of one side of one layer mean.
+    """The quantizer of one side of one layer.
 
     centroids: [Hc, M, C, dsub]; transform: maps [Ht, D, D] or None; Hc and Ht in {1, Hkv}; rebase: brings
     keys to the origin of their block before all else, or None.
@@ -98,11 +98,11 @@ class ProductQuantizer:
 class CodebookMeta:
     """The codebook's card.
 
-    calibration: the text that the samples come from, in words; calibration_sha256: its hash;
+    calibration: the text of the samples, in words; calibration_sha256: its hash;
     tokens: tokens read from it; samples: vectors a layer and head that trained the codebook;
     held_out: further vectors, on which its errors are measured (0: on the training samples);
-    seed: of every random choice; recipe: as it was carried out: without Fisher information its metrics are
-    euclidean, its weighting is none and it has no budget of bits;
+    seed: of every random choice; recipe: as carried out: without Fisher information its metrics are
+    euclidean, its weighting is none, and it has no budget of bits;
     key_error, value_error: [L][Hkv] mean squared error over variance;
     key_predicted_kl, value_predicted_kl: [L][Hkv], see `train.TrainedSide`; empty without Fisher information;
     positions: how many positions the codes were made for, counted from the start of the text; None: any, as
@@ -164,10 +164,10 @@ class Codebook:
         return self.keys.size_bytes(dtype) + self.values.size_bytes(dtype)
 
     def check(self, fingerprint: ModelFingerprint) -> None:
-        """Make sure that the codebook was trained for the model of `fingerprint`.
+        """Check that the codebook was trained for the model of `fingerprint`.
 
         Raises:
-            UserError: naming every field that differs, with the codebook's value first.
+            UserError: the fingerprints differ; the line names each field, the codebook's value first.
         """
         differences = self.meta.fingerprint.differences(fingerprint)
         if differences:
@@ -179,7 +179,7 @@ class Codebook:
         """Write the codebook to `path`, atomically; equal codebooks give equal bytes.
 
         Raises:
-            UserError: NaN or infinity in it, or the file cannot be written.
+            UserError: the codebook holds NaN or infinity, or the file cannot be written.
         """
         tensors: dict[str, Tensor] = {}
         sides: dict[str, dict[str, Any]] = {}
@@ -204,8 +204,8 @@ class Codebook:
         """Read a codebook onto the CPU.
 
         Raises:
-            UserError: the file is missing, no codebook, of another version or does not fit its own card or
-                hash.
+            UserError: the file is missing, is no codebook, has another format version, or does not fit its
+                own card or hash.
         """
         tensors, metadata = read_safetensors(path)
         if metadata.get("format") != FORMAT:

@@ -1,4 +1,4 @@
-"""Vectors to codes and back, in torch: the definition that every other encoder agrees with.
+"""Vectors to codes and back, in torch: the definition for every other encoder.
 
 A code is the lowest index among the centroids at the least squared Euclidean distance, the distance being the
 direct sum of squared differences over the dimensions of the subspace, in float32 (float64 for float64 input).
@@ -29,8 +29,8 @@ _SLICE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
 def encode(x: Tensor, pq: LayerPQ, encoder: str = "torch", start: int = 0) -> Tensor:
     """Nearest centroids of x [B, Hkv, T, D] (any float dtype) -> codes [B, Hkv, T, M], uint8 or uint16.
 
-    x are the tokens start, start + 1, ...: first they are brought to the origin of their block, then mapped,
-    if the quantizer has a rebase and a transform.  Working memory is bounded whatever T is.
+    x are the tokens start, start + 1, ...  With a rebase they are first brought to the origin of their block;
+    with a transform they are then mapped.  Working memory does not grow with T.
 
     Raises:
         UserError: an unknown encoder, or one that this machine lacks.
@@ -65,8 +65,8 @@ def encode(x: Tensor, pq: LayerPQ, encoder: str = "torch", start: int = 0) -> Te
 def decode(codes: Tensor, pq: LayerPQ, dtype: torch.dtype, mapped: bool = False, start: int = 0) -> Tensor:
     """Centroids of codes [B, Hkv, T, M] -> [B, Hkv, T, D] in `dtype`.
 
-    With `mapped` the result stays as it was coded (see `Transform` and `Rebase`); otherwise transform and
-    rebase are undone (in float32, float64 for float64), for the tokens start, start + 1, ...
+    With `mapped` the result stays in the coded space (see `Transform` and `Rebase`); otherwise transform and
+    rebase are undone for the tokens start, start + 1, ... (in float32, or float64 if `dtype` is).
     """
     B, H, T, M = codes.shape
     spec, (Hc, _, C, dsub) = pq.spec, pq.centroids.shape

@@ -17,7 +17,7 @@ def nearest_centroid(points: Tensor, centroids: Tensor) -> Tensor:
     """Index of the nearest centroid: points [N, n, dsub], centroids [N, C, dsub] -> int64 [N, n].
 
     The same definition as `codec.nearest_centroid`, up to the rounding of float32: of two centroids whose
-    distances differ in the last bit either may be found.  Vectors on a GPU are copied to the host and back.
+    distances differ in the last bit, either may be found.  Vectors on a GPU are copied to the host and back.
 
     Raises:
         UserError: FAISS is not installed, or the points are float64.
@@ -35,7 +35,7 @@ def nearest_centroid(points: Tensor, centroids: Tensor) -> Tensor:
 
 @contextmanager
 def _direct_sums(faiss: ModuleType) -> Iterator[None]:
-    """Sum squared differences however many points there are.
+    """Let FAISS sum squared differences for any number of points.
 
     From 20 points FAISS expands |x - c|^2 into products, which cancel far from the origin, where keys lie.
     """

@@ -1,7 +1,7 @@
-"""The same k-means by FAISS, one problem after the other: slower, and the check of `kmeans`.
+"""k-means by FAISS, one problem after the other: slower than `kmeans`, and a check of it.
 
-Both start from the same seeds, so what is compared are the iterations; FAISS splits a large cluster where
-`kmeans` reseeds an empty one.
+Both start from the same seeds, so a comparison is one of the iterations.  For an empty cluster FAISS splits a
+large one, where `kmeans` reseeds the empty one.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def faiss_kmeans(
 ) -> Tensor:
     """Centroids of N independent problems: samples [N, n, dsub] (n >= 1, finite) -> float32 [N, C, dsub].
 
-    Runs on a GPU if the samples are on one and the FAISS installed can.  At most C distinct samples are
-    centroids as they are, repeated.  `weights` [N, n], positive, are those of the samples.
+    Runs on a GPU if the samples are there and FAISS was built for GPUs.  With at most C distinct samples, the
+    centroids are the samples, some repeated.  `weights` [N, n] of the samples are positive.
 
     Raises:
         UserError: FAISS is not installed.

@@ -5,10 +5,10 @@ k-means++ (Arthur and Vassilvitskii 2007) or uniformly (as FAISS does by default
 follow.  Random numbers are drawn once for all problems, so a problem's result depends on its samples and the
 seed, not on its neighbours.
 
-Samples may have weights: a centroid is the weighted mean of its samples then, sum w x / sum w, and seeds are
-drawn in proportion to w times the squared distance.  What is minimised is the sum of w |x - c|^2.
+With weights, a centroid is the weighted mean of its samples, sum w x / sum w, and seeds are drawn in
+proportion to w times the squared distance.  The iterations minimise the sum of w |x - c|^2.
 
-Where the data are poor:
+Poor data:
 
 - A centroid that lost all its samples moves to a sample drawn with probability proportional to its squared
   (weighted) error, as in the seeding, if any sample has an error; otherwise it stays where it is.
@@ -80,7 +80,7 @@ def seed_centroids(
     """Seeds of G problems x [G, n, dsub], weights [G, n] -> [G, C, dsub], each one of the samples.
 
     k-means++ considers a random part of the samples only: 4 C of them, at least 4096.
-    Uniform seeds do not heed the weights.
+    Uniform seeds ignore the weights.
     """
     generator = torch.Generator().manual_seed(seed)
     G, n, dsub = x.shape
@@ -193,7 +193,7 @@ def _lloyd_on_a_line(
 
 
 def _running_sums(x: Tensor) -> Tensor:
-    """Of the first 0, 1, ... n terms, [G, n] -> float64 [G, n + 1]."""
+    """Sums of the first 0, 1, ... n terms: [G, n] -> float64 [G, n + 1]."""
     return torch.cat([x.new_zeros(len(x), 1), x], 1).cumsum(1, dtype=torch.float64)
 
 
@@ -231,7 +231,7 @@ def _reseed(
 ) -> Tensor:
     """Move the empty centroids [G, C] to distinct samples, drawn in proportion to their squared errors.
 
-    With weights [G, n], to these times the errors.
+    With weights [G, n], the errors are multiplied by them.
     """
     G, n, dsub = x.shape
     error = (x - centroids.gather(1, assigned[..., None].expand(G, n, dsub))).square().sum(2)

@@ -1,9 +1,9 @@
-"""The metric in which an error of a stored vector counts: what it does to the model's predictions.
+"""The metric of errors of stored vectors: their effect on the model's predictions.
 
-An error d of a stored key or value changes the next-token distribution by a KL divergence of d F d^T / 2 to
-second order, F = E[g g^T] with g the gradient of the log-likelihood of a token drawn from the model's own
-distribution: the Fisher information of the vector (a row here).  So what should be coded with least squared
-error is not x but x F^(1/2).
+An error d of a stored key or value changes the next-token distribution by a KL divergence of d F d^T / 2, to
+second order.  F = E[g g^T] is the Fisher information of the vector (a row here), g the gradient of the
+log-likelihood of a token drawn from the model's own distribution.  So codebooks minimise the squared error of
+x F^(1/2), not of x.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ REGULARISATION = 0.03  # of the mean eigenvalue: directions that the calibration
 def metric_root(information: Tensor, regularisation: float = REGULARISATION) -> tuple[Tensor, Tensor]:
     """F^(1/2) and F^(-1/2), symmetric, of positive semidefinite F [..., D, D]: float64.
 
-    F is regularised by that share of its mean eigenvalue, and scaled so that its eigenvalues' product is 1.
-    Where it is zero both roots are the identity.
+    `regularisation` times its mean eigenvalue is added to F, which is then scaled to a determinant of 1.  If
+    F is zero, both roots are the identity.
     """
     values, vectors = torch.linalg.eigh(information.double())
     mean = values.clamp(min=0).mean(-1, keepdim=True)

@@ -90,7 +90,7 @@ def procrustes(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _covariance(samples: Tensor) -> Tensor:
-    """Of one head's samples [n, D], around their mean: float64 [D, D]."""
+    """Covariance of one head's samples [n, D]: float64 [D, D]."""
     x = samples.double()
     x = x - x.mean(0)
     return x.T @ x / len(x)

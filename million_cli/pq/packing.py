@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def code_dtype(nbits: int) -> torch.dtype:
-    """The dtype that unpacked codes of `nbits` have: uint8 up to 8 bits, uint16 above."""
+    """The dtype of unpacked codes of `nbits`: uint8 up to 8 bits, uint16 above."""
     return torch.uint8 if nbits <= 8 else torch.uint16
 
 

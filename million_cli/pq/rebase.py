@@ -38,7 +38,7 @@ class Rebase:
     gain: float = 1.0
 
     def served(self, frequencies: Tensor, scale: float) -> Rebase:
-        """For a model with the same keys before RoPE and another scaling of its positions."""
+        """This rebase for a model with the same keys before RoPE and another scaling of its positions."""
         return replace(self, frequencies=frequencies, gain=scale / self.scale)
 
     def relative(self, keys: Tensor, start: int) -> Tensor:

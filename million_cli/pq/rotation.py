@@ -24,7 +24,7 @@ RotationMethod = Callable[[LayerSamples, CodeSpec, Setup], Tensor | None]
 
 
 def fit_rotation(method: str, samples: LayerSamples, spec: CodeSpec, setup: Setup) -> Tensor | None:
-    """The rotation that `method` makes for samples: float32 [Lr, Hr, D, D] on the CPU or None.
+    """Fit the rotation of `method` to samples: float32 [Lr, Hr, D, D] on the CPU, or None.
 
     Raises:
         UserError: an unknown method.
@@ -36,10 +36,10 @@ def fit_rotation(method: str, samples: LayerSamples, spec: CodeSpec, setup: Setu
 def fit_transform(
     method: str, samples: LayerSamples, spec: CodeSpec, setup: Setup, information: Tensor | None = None
 ) -> Transform | None:
-    """The rotation that `method` makes, in the metric of `information`: float32 maps on the CPU, or None.
+    """Fit the rotation of `method` in the metric of `information`: float32 maps on the CPU, or None.
 
-    information: Fisher information [L, Hkv, D, D] of the vectors (see `pq.metric`), or None for the plain
-    squared error.  The transform is F^(1/2) R then, R fitted to samples under F^(1/2).
+    information: Fisher information F [L, Hkv, D, D] of the vectors (see `pq.metric`); None for the plain
+    squared error.  With F the transform is F^(1/2) R, R fitted to the samples times F^(1/2).
 
     Raises:
         UserError: an unknown method.
@@ -84,7 +84,7 @@ def _hadamard(samples: LayerSamples, spec: CodeSpec, setup: Setup) -> Tensor | N
 
 
 def _opq(samples: LayerSamples, spec: CodeSpec, setup: Setup) -> Tensor | None:
-    """One rotation a layer and head, in the light of who shares its centroids."""
+    """One rotation a layer and head; heads that share centroids are fitted together."""
     scope = setup.recipe.quantizer.scope
     thinned = Thinned(samples, setup.max_samples(spec.C), setup.seed)
 

@@ -1,4 +1,4 @@
-"""Samples of one side of a model, a layer at a time: they need not be in memory together."""
+"""Samples of one side of a model, a layer at a time, so that one layer alone need be in memory."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Thinned:
 
 @dataclass(frozen=True)
 class Rows:
-    """Those of each layer's vectors whose indices are given, int64 [n']."""
+    """The vectors of each layer at the given indices, int64 [n']."""
 
     samples: LayerSamples
     rows: Tensor
@@ -55,7 +55,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class SomeLayers:
-    """Those of the layers whose positions are given."""
+    """The layers at the given positions."""
 
     samples: LayerSamples
     positions: Sequence[int]

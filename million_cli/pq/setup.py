@@ -1,4 +1,4 @@
-"""A recipe with where and from which seed it is carried out."""
+"""A recipe with the device and seed of its training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Setup:
     recipe: the codes and their training; seed: of every random choice; device: where k-means runs.
 
     Raises:
-        UserError: the trainer or encoder that the recipe asks for is not to be had here.
+        UserError: the trainer or encoder of the recipe is not available here.
     """
 
     recipe: Recipe = field(default_factory=Recipe)
@@ -29,7 +29,7 @@ class Setup:
         find_encoder(self.recipe.train.encoder)
 
     def override(self, *overrides: str) -> Setup:
-        """With some values of the recipe changed, as `Recipe.override`."""
+        """A copy with some values of the recipe changed, see `Recipe.override`."""
         return replace(self, recipe=self.recipe.override(*overrides))
 
     def max_samples(self, C: int) -> int:

@@ -1,4 +1,4 @@
-"""One side of a model, keys or values, as training takes it."""
+"""One side of a model, keys or values, for training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from million_cli.pq.samples import LayerSamples, SomeLayers, Thinned, layers
 
 @dataclass(frozen=True)
 class Side:
-    """What is known of one side, and how it is mapped.
+    """Samples and information of one side.
 
     samples: [L, Hkv, n, D], for training; held: [L, Hkv, n', D], on which errors are measured;
     information: [L, Hkv, D, D] or None; squares: [L, Hkv, n] of the samples, or None.
@@ -26,7 +26,7 @@ class Side:
     metric: str
 
     def part(self, positions: Sequence[int]) -> Side:
-        """Some of its layers."""
+        """The layers at `positions`."""
         return replace(
             self,
             samples=SomeLayers(self.samples, positions),
@@ -36,7 +36,7 @@ class Side:
         )
 
     def thinned(self, most: int, seed: int) -> Side:
-        """With at most that many samples of each kind, in memory."""
+        """A copy in memory with at most `most` samples of each kind."""
 
         def few(part: LayerSamples) -> list[Tensor]:
             return list(layers(Thinned(part, most, seed)))

@@ -1,4 +1,4 @@
-"""Samples of keys and values to a codebook."""
+"""From samples of keys and values to a codebook."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from million_cli.recipe import Training
 from million_cli.spec import CodeSpec, ModelFingerprint, Scope
 
 logger = logging.getLogger("million")
-# What a choice of codes costs is predicted after a training of this length, on so many samples a head.
+# The cost of a choice of codes is predicted after a training of this length, on so many samples a head.
 _PROBE: dict[str, Any] = {"iterations": 5, "alternations": 0, "max_samples_per_centroid": 16}
 _PROBE_SAMPLES = 8192
 FEW_SAMPLES = 39
@@ -43,10 +43,10 @@ Measure = Callable[[str, int, LayerPQ], float]
 
 @dataclass(frozen=True)
 class TrainedSide:
-    """One side, and how well it fits its samples.
+    """One trained side, and its errors.
 
-    error: [L][Hkv], mean squared error over variance; predicted_kl: [L][Hkv], what the error of one token
-    adds to the KL divergences of later predictions, to second order; empty without Fisher information.
+    error: [L][Hkv], mean squared error over variance; predicted_kl: [L][Hkv], nats that the error of one
+    token adds to the KL divergences of later predictions, to second order; empty without Fisher information.
     """
 
     quantizer: ProductQuantizer
@@ -70,19 +70,19 @@ def train_codebook(
 ) -> Codebook:
     """Train both sides from samples [L, Hkv, n, D] (any float dtype; keys after RoPE) and fill in the card.
 
-    A random share of the samples is held out, to measure errors on (`Training.held_out`).
+    A random share of the samples (`Training.held_out`) is held out to measure errors.
 
     information: Fisher information of keys and of values, [L, Hkv, D, D] each.  Without it the metric
-    `fisher` becomes `euclidean`, and a budget of bits is not kept: the sides' own codes are trained.
+    `fisher` becomes `euclidean`, and the sides' own codes replace a budget of bits.
     squares: squared gradients of the samples, [L, Hkv, n] each, -1 where not known.  Without them or
     without information the weighting `gradient` becomes `none`.
     measure: corrects the divergence that a budget of bits predicts, a layer and side at a time.
 
-    The card's recipe says what came of it.
+    The card holds the recipe as it was carried out.
 
     Raises:
-        UserError: codes that do not fit head_dim; samples that do not fit the fingerprint, fewer than there
-            are centroids, or NaN or infinity among them.
+        UserError: codes do not fit head_dim; samples do not fit the fingerprint, are fewer than the
+            centroids, or hold NaN or infinity.
     """
     for name, samples in (("keys", keys), ("values", values)):
         _check_samples(name, samples, fingerprint)
@@ -218,7 +218,7 @@ def _within(
     measure: Measure | None,
     work: Work,
 ) -> dict[str, tuple[CodeSpec, ...]]:
-    """The choices for each layer of either side that keep to the recipe's bits at the least predicted KL.
+    """The codes of each layer and side with the least predicted KL within the recipe's bits.
 
     The cost of a choice is predicted after a short training on a part of the samples.  The prediction takes
     the errors of tokens as independent of each other and of the gradients.  It underestimates the KL by a
@@ -250,7 +250,7 @@ def _within(
 
 
 def _parts(specs: Sequence[CodeSpec]) -> dict[CodeSpec, list[int]]:
-    """The positions of the layers that have each of the codes."""
+    """Codes -> the positions of their layers."""
     parts: dict[CodeSpec, list[int]] = {}
     for i, spec in enumerate(specs):
         parts.setdefault(spec, []).append(i)
@@ -258,7 +258,7 @@ def _parts(specs: Sequence[CodeSpec]) -> dict[CodeSpec, list[int]]:
 
 
 def _train_part(side: Side, spec: CodeSpec, setup: Setup, work: Work) -> TrainedSide:
-    """Codes of `spec` for the layers of a side, with the transform that goes with them."""
+    """Train codes of `spec` and their transform for the layers of a side."""
     fitted = side.information if side.metric == "fisher" else None
     trained = train_quantizer(
         side.samples,
@@ -318,7 +318,7 @@ def _training_sets(
 
 
 def _possible(setup: Setup, informed: bool, weighed: bool) -> Setup:
-    """The setup without what cannot be had: see `train_codebook`."""
+    """The setup without metrics, weighting and budget that lack their data: see `train_codebook`."""
     quantizer = setup.recipe.quantizer
     if not informed:
         quantizer = replace(

@@ -1,9 +1,9 @@
 """Linear maps of a head's vectors, applied before the split into subspaces.
 
-Stored are the codes of z = x E, and a decoded vector is z D, D the inverse of E.  Keys need not be mapped
-back: the scores are q . (z D) = (q D^T) . z, so the query takes the transpose of D instead.  Values are
-mapped back once, on the attention output, o = o_coded D.  A rotation R is the case E = R, D = R^T, in which
-queries and keys take the same map.  RoPE comes first: what is mapped is what a cache stores.
+A cache stores the codes of z = x E; a decoded vector is z D, D the inverse of E.  Keys need not be mapped
+back:  the scores are q . (z D) = (q D^T) . z, so the query is multiplied by the transpose of D.  Values are
+mapped back once, on the attention output, o = o_coded D.  For a rotation R, E = R and D = R^T: queries and
+keys have the same map.  RoPE comes before the map.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Transform:
     """A map and its inverse.
 
     encode, decode: [..., H, D, D], the same shape, H 1 or the number of KV heads; encode @ decode = 1 up to
-    rounding.  Both are kept in float32 at least: rounded to 16 bits they would not be each other's inverse.
+    rounding.  Both are at least float32: rounded to 16 bits they would not be inverse to each other.
     """
 
     encode: Tensor
@@ -51,7 +51,7 @@ class Transform:
         return self.encode.numel() + self.decode.numel()
 
     def apply(self, x: Tensor) -> Tensor:
-        """x [..., H or 1, T, D] as it is coded: x @ encode, in the dtype of x."""
+        """Map x [..., H or 1, T, D] before coding: x @ encode, in the dtype of x."""
         return x @ self.encode.to(x.dtype)
 
     def undo(self, z: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class Transform:
         return q @ self.decode.to(q.dtype).mT
 
     def layer(self, i: int) -> Transform:
-        """The i-th layer's maps [H, D, D] of [L, H, D, D] ones; the only one if all layers share it."""
+        """The maps [H, D, D] of the i-th layer of [L, H, D, D], or of the only one if all layers share it."""
         i = i if len(self.encode) > 1 else 0
         return Transform(self.encode[i], self.decode[i])
 
@@ -74,5 +74,5 @@ class Transform:
 
 
 def transform_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a transform that goes with centroids in `dtype`."""
+    """The dtype of a transform beside centroids in `dtype`."""
     return torch.promote_types(dtype, torch.float32)

@@ -1,13 +1,13 @@
-"""How much each sampled vector counts in k-means: by what an error of it would change.
+"""Weights of sampled vectors in k-means: the effect of their errors on the predictions.
 
-The metric F = E[g g^T] weighs the directions of an error, the same for all vectors of a head.  Their own
-gradients differ as well: most vectors hardly matter, and a few are attended to by many queries.  So vector t,
-with the gradient g_t, counts
+The metric F = E[g g^T] weighs the directions of an error, alike for all vectors of a head.  The gradients of
+single vectors differ as well: most vectors hardly matter, and many queries attend to a few.  So vector t,
+with the gradient g_t, has the weight
 
     w_t = (min(max(|g_t|^2 / mean |g|^2, LEAST), MOST))^POWER,
 
-scaled to a mean of 1.  g_t is one draw of what is needed, E[|g|^2 | x]: the power and the bounds keep a few
-draws from deciding over all others.
+scaled to a mean of 1.  |g_t|^2 is one draw, and E[|g|^2 | x] is needed: the power and the bounds keep a few
+draws from outweighing all others.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ LEAST, MOST, POWER = 1e-3, 20.0, 0.5
 def weights_of(squares: Tensor) -> Tensor:
     """Weights with a mean of 1 of squared gradients |g|^2 [..., n], over the last dimension: float32.
 
-    Negative squares are not known: such vectors count as the mean of the others.  Where none is known, or all
-    are zero, the weights are 1.
+    Negative squares mean unknown: such vectors get the mean of the others.  If none is known, or all are
+    zero, the weights are 1.
     """
     squares = squares.double()
     known = squares >= 0
@@ -49,5 +49,5 @@ class Weights:
 
 
 def _mean(x: Tensor, known: Tensor) -> Tensor:
-    """Of those known, [..., n] -> [..., 1]; NaN where there are none."""
+    """Mean of the known ones: [..., n] -> [..., 1]; NaN if there are none."""
     return torch.where(known, x, 0.0).sum(-1, keepdim=True) / known.sum(-1, keepdim=True)

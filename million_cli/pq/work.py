@@ -1,4 +1,4 @@
-"""How far training is, in k-means problems."""
+"""The progress of training, in k-means problems."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Work:
         self._total += sum(problems)
 
     def advance(self, done: int, total: int) -> None:
-        """Of the training that runs: problems done and in all."""
+        """Report problems done and in all, of the training that runs."""
         self._current = total
         if self._progress:
             self._progress(self._finished + done, self._total)
 
     def finish(self) -> None:
-        """That training is over."""
+        """The training that runs is over."""
         self._finished += self._current
         self._current = 0
