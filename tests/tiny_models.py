@@ -169,6 +169,7 @@ def plain_attention(
     attention_mask: Tensor | None,
     scaling: float,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     groups = query.shape[1] // key.shape[1]
@@ -179,7 +180,12 @@ def plain_attention(
     if attention_mask is None:
         attention_mask = torch.ones(N, T, dtype=torch.bool).tril(T - N)
     scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    return (scores.softmax(-1) @ value.repeat_interleave(groups, dim=1)).transpose(1, 2).contiguous(), None
+    if s_aux is None:
+        weights = scores.softmax(-1)
+    else:
+        column = s_aux.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        weights = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
+    return (weights @ value.repeat_interleave(groups, dim=1)).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register("plain_float64", plain_attention)

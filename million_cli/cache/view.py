@@ -78,6 +78,7 @@ def attend(
     scale: float,
     mask: Tensor | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     first_valid: Tensor | None = None,
 ) -> Tensor:
     """Attention of the N newest tokens over a view; see `ops.reference.attention` for the definition.
@@ -91,6 +92,7 @@ def attend(
         mask: None (causal), bool `[B or 1, Hq or 1, N, >= length]` (True = attend), or additive floats of
             that shape.  A given mask replaces the causal one.
         softcap: scores become softcap * tanh(scores / softcap), before the mask.
+        sinks: `[Hq]`, a logit a head that takes its share of the softmax and has no value.
         first_valid: `[B]` integers, tokens before it (left padding) are not seen; combines with either mask.
 
     Returns:
@@ -111,6 +113,7 @@ def attend(
             scale=scale,
             mask=mask,
             softcap=softcap,
+            sinks=sinks,
             first_valid=first_valid,
         )
     return attention(
@@ -125,6 +128,7 @@ def attend(
         scale=scale,
         mask=mask,
         softcap=softcap,
+        sinks=sinks,
         first_valid=first_valid,
     )
 

@@ -20,9 +20,10 @@ from million_cli.calibration.reservoir import Reservoir
 from million_cli.calibration.samples import FORMAT, INFORMATION, MANIFEST, Sampled, Samples, read_manifest
 from million_cli.errors import UserError
 from million_cli.files import write_safetensors, write_text
-from million_cli.hf.compat import reset_dense_layer
 from million_cli.hf.models import fingerprint
+from million_cli.hf.own_layers import reset_layer
 from million_cli.hf.rotary import Rotary
+from million_cli.hf.trial import check_served, parts_of
 
 
 class SamplingLayer(DynamicLayer):
@@ -66,6 +67,7 @@ class SamplingCache(Cache):
         if not 0 <= seed < 2**63:
             raise UserError(f"seed={seed}: accepted are 0 to 2**63 - 1")
         self.fingerprint = fingerprint(model)
+        check_served(model)
         self.capacity, self.seed, self.rotary = samples, seed, rotary
         self.mask: torch.Tensor | None = None
         self.reservoirs = {index: Reservoir(samples, seed, layer=index) for index in self.fingerprint.layers}
@@ -99,7 +101,7 @@ class SamplingCache(Cache):
         """Forget the dense K and V and the mask, ready for the next text; the sample stays."""
         self.mask = None
         for layer in self.layers:
-            reset_dense_layer(layer)
+            reset_layer(layer)
 
     def take(self, observed: Sequence[Observed]) -> None:
         """Offer whole windows as `Information.read` saw them: window after window, whatever the batch."""
@@ -239,7 +241,8 @@ def read_text(
     Args:
         input_ids: `[B, T]` int64.
         attention_mask: `[B, T]`, 0 for padding (on the left); None if there is none.
-        chunk_tokens: positions a forward pass; bounds the memory, does not change the sample.
+        chunk_tokens: positions a forward pass; bounds the memory, does not change the sample.  A model that
+            forgets between passes (see `hf.trial`) reads all at once.
     """
     cache.reset()
     device = model.device
@@ -249,6 +252,8 @@ def read_text(
         if isinstance(cache, SamplingCache):
             cache.mask = attention_mask
     decoder = model.get_decoder()
+    if not parts_of(model).in_two:
+        chunk_tokens = input_ids.shape[1]
     for start in range(0, input_ids.shape[1], chunk_tokens):
         stop = start + chunk_tokens
         mask = None if attention_mask is None else attention_mask[:, :stop]

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from million_cli.hf.compat import reset_dense_layer
 from million_cli.hf.models import fingerprint
+from million_cli.hf.own_layers import reset_layer
 from million_cli.hf.rotary import served
 from million_cli.pq import Codebook, LayerPQ, decode, encode
 
@@ -59,4 +59,4 @@ class DistortCache(Cache):
     def reset(self) -> None:
         """Forget all tokens."""
         for layer in self.layers:
-            reset_dense_layer(layer)
+            reset_layer(layer)

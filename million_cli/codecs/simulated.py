@@ -21,9 +21,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from million_cli.codecs.codec import Codec
 from million_cli.errors import UserError
 from million_cli.hf.attention import PQHandle
-from million_cli.hf.compat import reset_dense_layer
 from million_cli.hf.models import full_attention_layers
+from million_cli.hf.own_layers import reset_layer
 from million_cli.hf.switch import use_pq_attention
+from million_cli.hf.trial import parts_of, refuse_parts
 from million_cli.ops.masked import masked_attention
 from million_cli.pq.rebase import Rebase
 from million_cli.spec import WindowSpec
@@ -54,7 +55,15 @@ class SimulatedView:
         return self.stored_keys.shape[2]
 
 
-def attend(query: Tensor, view: Any, *, scale: float, mask: Tensor | None, softcap: float | None) -> Tensor:
+def attend(
+    query: Tensor,
+    view: Any,
+    *,
+    scale: float,
+    mask: Tensor | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
     """Attention `[B, Hq, N, D]` of the newest tokens over a `SimulatedView`."""
     return masked_attention(
         query,
@@ -64,6 +73,7 @@ def attend(query: Tensor, view: Any, *, scale: float, mask: Tensor | None, softc
         scale=scale,
         mask=mask,
         softcap=softcap,
+        sinks=sinks,
     )
 
 
@@ -76,9 +86,16 @@ class SimulatedLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(
-        self, codec: Codec, window: WindowSpec, exact_prefill: bool, observe: Observe | None = None
+        self,
+        codec: Codec,
+        window: WindowSpec,
+        exact_prefill: bool,
+        check: Callable[[int, int], None],
+        observe: Observe | None = None,
     ) -> None:
+        """check: is called before an append, with the tokens held and the new ones."""
         super().__init__()
+        self._check = check
         self._codec, self._window, self._exact_prefill = codec, window, exact_prefill
         self._observe = observe
         self._parts: list[Tensor] = []  # stored keys and values, exact keys and values
@@ -93,6 +110,7 @@ class SimulatedLayer(CacheLayerMixin):
         """Append `[B, Hkv, N, D]`; the handle stands for K and for V in the attention function."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self._check(self.get_seq_length(), key_states.shape[2])
         if self._observe is not None:
             self._observe(key_states, value_states, self.get_seq_length())
         stored_k, stored_v, k, v = self._parts
@@ -159,7 +177,7 @@ class SimulatedLayer(CacheLayerMixin):
 
 
 class SimulatedCache(Cache):
-    """A cache for a codec; sliding-window layers are transformers' own, dense.
+    """A cache for a codec; layers of sliding windows and of linear attention are transformers' own.
 
     Args:
         model: to serve; while this cache goes through it, it uses our attention function.
@@ -188,13 +206,14 @@ class SimulatedCache(Cache):
         observe: Callable[[int, Tensor, Tensor, int], None] | None = None,
     ) -> None:
         use_pq_attention(model)
-        layers = DynamicCache(config=model.config).layers
+        layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+        check = partial(refuse_parts, parts_of(model), model.config.model_type)
         full = full_attention_layers(model.config)
         codecs = codec if isinstance(codec, Sequence) else [codec] * len(full)
         self.bits = fmean(codec.bits for codec in codecs)
         for position, (index, one) in enumerate(zip(full, codecs, strict=True)):
             told = None if observe is None else partial(observe, position)
-            layers[index] = SimulatedLayer(one, window or WindowSpec(), prefill == "exact", told)
+            layers[index] = SimulatedLayer(one, window or WindowSpec(), prefill == "exact", check, told)
         super().__init__(layers=layers)
 
     def reset(self) -> None:
@@ -203,4 +222,4 @@ class SimulatedCache(Cache):
             if isinstance(layer, SimulatedLayer):
                 layer.reset()
             else:
-                reset_dense_layer(layer)
+                reset_layer(layer)

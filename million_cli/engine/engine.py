@@ -30,11 +30,13 @@ from million_cli.engine.readback import Readback
 from million_cli.engine.sampler import Sampler
 from million_cli.errors import UserError
 from million_cli.hf.cache import PQCache
-from million_cli.hf.compat import embedding_changes_at, reset_cache
-from million_cli.hf.models import longest_text
+from million_cli.hf.compat import embedding_changes_at
+from million_cli.hf.models import has_sinks, longest_text
+from million_cli.hf.own_layers import reset_cache
 from million_cli.hf.pq_steps import PQSteps, steps_reason
 from million_cli.hf.step import Steps, padding_of_step, step_cache
 from million_cli.hf.switch import pq_attention, use_pq_attention
+from million_cli.hf.trial import parts_of, refuse_parts
 from million_cli.ops.store_ops import KernelFailed
 
 Compile = Literal["none", "default", "tuned"]
@@ -88,7 +90,7 @@ class Engine:
         self.logits: Tensor | None = None
         self.chunk: int | None = None
         self.length = 0
-        self._longest = longest_text(model.config)
+        self._longest, self._parts = longest_text(model.config), parts_of(model)
         self._pending = False  # the newest token belongs to the text and is not in the cache yet
         self._uneven = False  # some sequences ended before others: the cache holds more than was given out
         self.steps = self._make_steps(bucket)
@@ -112,6 +114,8 @@ class Engine:
         reason = None
         if getattr(config, "attn_logit_softcapping", None) is not None:
             reason = "softcapped scores"
+        elif has_sinks(self.model):
+            reason = "attention sinks"
         elif isinstance(cache, PQCache):
             reason = steps_reason(cache)
         elif not isinstance(cache, DenseCache):
@@ -189,7 +193,7 @@ class Engine:
             held = 0
         end = held + ids.shape[1]
         in_pieces = held or (chunk is not None and chunk < end)
-        self._check_embedding((held or chunk or 0) if in_pieces else end, end)
+        self._check_length((held or chunk or 0) if in_pieces else end, end)
         if mask is not None and mask.shape[1] < end:  # the newest token comes between mask and turn
             mask = F.pad(mask, (0, end - mask.shape[1]), value=True)
         while True:
@@ -216,8 +220,9 @@ class Engine:
         self._pending, self._uneven = True, False
         return token
 
-    def _check_embedding(self, held: int, end: int) -> None:
-        """Raise if positions up to `end` are embedded in another way than the `held` ones in the cache."""
+    def _check_length(self, held: int, end: int) -> None:
+        """Raise if the model cannot read tokens up to `end` after the `held` ones in the cache."""
+        refuse_parts(self._parts, self.model.config.model_type, held, end - held)
         if self._longest is not None and end > self._longest:
             raise UserError(
                 f"{end} tokens: this model attends to the latest {self._longest}; accepted are fewer"
@@ -336,7 +341,7 @@ class Engine:
                 f"the cache holds {held} tokens, the engine has read {self.length}: it was changed; "
                 "reset() starts again"
             )
-        self._check_embedding(self.length, self.length + 1)
+        self._check_length(self.length, self.length + 1)
         batch = self._tokens.shape[0]
         if isinstance(self.cache, PQCache) and self.cache.store.batch != batch:
             raise UserError(f"the cache holds a batch of {self.cache.store.batch}, the engine one of {batch}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any, NoReturn, Protocol
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -19,8 +18,9 @@ from million_cli.errors import UserError
 from million_cli.hf.padding import padding_mask, unless_all_seen
 from million_cli.hf.step import StepHandle, step_attention
 from million_cli.hf.switch import ATTENTION_NAME
+from million_cli.ops.masked import masked_attention
 
-_CHANGES_ATTENTION = ("s_aux", "position_bias")
+_CHANGES_ATTENTION = ("position_bias",)
 """Refused for dense K and V too: sdpa would ignore these arguments."""
 _WITHOUT_EFFECT = frozenset(
     (
@@ -31,14 +31,20 @@ _WITHOUT_EFFECT = frozenset(
     )
 )  # fmt: skip
 """Arguments of attention functions that need nothing here; all others are refused."""
-_SOFTCAP_ROWS = 256  # queries whose scores are alive at once
 
 
 class Attend(Protocol):
     """Attention of the N newest tokens `query [B, Hq, N, D]` over a view; see `cache.view.attend`."""
 
     def __call__(
-        self, query: Tensor, view: KVView, *, scale: float, mask: Tensor | None, softcap: float | None
+        self,
+        query: Tensor,
+        view: KVView,
+        *,
+        scale: float,
+        mask: Tensor | None,
+        softcap: float | None,
+        sinks: Tensor | None,
     ) -> Tensor: ...
 
 
@@ -95,6 +101,7 @@ def pq_attention_forward(
     dropout: float = 0.0,
     scaling: float | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention in the form that transformers registers.
@@ -104,6 +111,7 @@ def pq_attention_forward(
         key, value: `[B, Hkv, T, D]`, or the same `PQHandle` or `StepHandle` twice.
         attention_mask: the result of `padding_mask`: None for plain causal attention, else bool
             `[B, 1, N, T]`; for a `StepHandle` the result of `padding_of_step`.
+        s_aux: `[Hq]`, attention sinks: a logit a head that takes its share of the softmax.
 
     Returns:
         `[B, N, Hq, D]`, and no attention weights.
@@ -119,7 +127,7 @@ def pq_attention_forward(
     if isinstance(key, StepHandle | PQHandle):
         _check_arguments(kwargs)
     if isinstance(key, StepHandle):
-        assert softcap is None, "refused when the steps were made"
+        assert softcap is None and s_aux is None, "refused when the steps were made"  # noqa: PT018
         return step_attention(
             query, key, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling
         )
@@ -138,14 +146,25 @@ def pq_attention_forward(
         sdpa_knows = attention_mask is not None or query.shape[2] in (1, view.length)
         if view.coded or view.device_layer is not None or not sdpa_knows:
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            output = key.attend(query, view, scale=scale, mask=attention_mask, softcap=softcap)
+            output = key.attend(query, view, scale=scale, mask=attention_mask, softcap=softcap, sinks=s_aux)
             return output.transpose(1, 2).contiguous(), None
         key, value = view.keys, view.values
     assert isinstance(value, Tensor)
     attention_mask = unless_all_seen(attention_mask)
-    if softcap is not None:
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return _softcapped(query, key, value, attention_mask, scale, softcap), None
+    if softcap is not None or s_aux is not None:  # which torch's own attention does not have
+        if attention_mask is None and query.shape[2] > 1:  # as sdpa reads it: causal from the upper left
+            key, value = (x[:, :, : query.shape[2]] for x in (key, value))
+        output = masked_attention(
+            query,
+            (key[:, :, :0], value[:, :, :0]),
+            (key, value),
+            boundaries=[0] * query.shape[2],
+            scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            mask=attention_mask,
+            softcap=softcap,
+            sinks=s_aux,
+        )
+        return output.transpose(1, 2).contiguous(), None
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
     )
@@ -161,35 +180,6 @@ def _check_arguments(kwargs: dict[str, Any]) -> None:
 def _plain_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
     is_causal = kwargs.get("is_causal")
     return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-
-
-def _softcapped(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float
-) -> Tensor:
-    """Dense attention whose scores are softcap * tanh(scores / softcap) (Gemma 2), which sdpa cannot do.
-
-    Shapes as in `pq_attention_forward`; returns `[B, N, Hq, D]`.  Arithmetic in float32, float64 for float64.
-    """
-    N, T = query.shape[2], key.shape[2]
-    if mask is None:
-        # As sdpa reads it: one query sees everything, several are causal from the upper left.
-        mask = torch.ones(N, T, dtype=torch.bool, device=query.device).tril(T - 1 if N == 1 else 0)[
-            None, None
-        ]
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    grouped = query.to(dtype).unflatten(1, (key.shape[1], -1)) * scale  # [B, Hkv, G, N, D]
-    key, value = key.to(dtype), value.to(dtype)
-    outputs = []
-    for rows in torch.arange(N, device=query.device).split(_SOFTCAP_ROWS):
-        scores = torch.einsum("bhgnd,bhtd->bhgnt", grouped[..., rows, :], key)
-        scores = softcap * torch.tanh(scores / softcap)
-        seen = mask[:, :, None, rows, :T]
-        if mask.dtype == torch.bool:
-            scores = scores.masked_fill(~seen, torch.finfo(dtype).min)
-        else:
-            scores = scores + seen
-        outputs.append(torch.einsum("bhgnt,bhtd->bnhgd", scores.softmax(-1), value))
-    return torch.cat(outputs, dim=1).flatten(2, 3).to(query.dtype)
 
 
 AttentionInterface.register(ATTENTION_NAME, pq_attention_forward)

@@ -26,8 +26,16 @@ from million_cli.cache.store import CodeStore
 from million_cli.cache.view import KVView, attend
 from million_cli.errors import UserError
 from million_cli.hf.attention import PQHandle
-from million_cli.hf.compat import reset_dense_layer, tokens_to_remove
-from million_cli.hf.models import fingerprint, full_attention_layers
+from million_cli.hf.compat import tokens_to_remove
+from million_cli.hf.models import fingerprint, full_attention_layers, has_sinks
+from million_cli.hf.own_layers import (
+    crop_layers,
+    is_linear,
+    repeat_sequences,
+    reset_layer,
+    take_sequences,
+    tensors_of,
+)
 from million_cli.hf.padding import LeftPadding
 from million_cli.hf.rotary import served
 from million_cli.hf.saved import SavedCache, write_cache
@@ -43,6 +51,7 @@ from million_cli.hf.select import (
     refuse,
 )
 from million_cli.hf.switch import use_pq_attention
+from million_cli.hf.trial import Parts, parts_of, refuse_parts
 from million_cli.ops.store_ops import KernelFailed
 from million_cli.ops.support import KernelQuery, Store
 from million_cli.pq.codebook import Codebook
@@ -90,7 +99,7 @@ class PQLayer(CacheLayerMixin):
 
 
 class PQCache(Cache):
-    """The common base of the PQ caches.  Sliding-window layers are transformers' own, dense.
+    """The common base of the PQ caches.  Sliding windows and linear attention are transformers' own layers.
 
     Attributes:
         codebook: codes K and V.
@@ -138,8 +147,11 @@ class PQCache(Cache):
             ours.num_kv_heads,
             text_config.num_attention_heads // ours.num_kv_heads,
             softcap=getattr(text_config, "attn_logit_softcapping", None) is not None,
+            sinks=isinstance(model, PreTrainedModel) and has_sinks(model),
             rebase_every=max((rebase.every for rebase in codebook.keys.rebases if rebase), default=0),
         )
+        self._model_type = text_config.model_type
+        self._parts = Parts() if isinstance(model, PreTrainedConfig) else parts_of(model)
         self._padding = LeftPadding()
         self._fallbacks: tuple[Fallback, ...] = ()
         self._decide(device, dtype)
@@ -173,9 +185,9 @@ class PQCache(Cache):
         return self.store.bits
 
     @property
-    def has_dense_layers(self) -> bool:
-        """Whether some layers are transformers' own, with sliding windows."""
-        return bool(self._dense_layers())
+    def has_own_layers(self) -> bool:
+        """Whether some layers are transformers' own: sliding windows, linear attention."""
+        return bool(self._own_layers())
 
     @property
     def kv_shape(self) -> KernelQuery:
@@ -185,14 +197,15 @@ class PQCache(Cache):
     def memory(self) -> dict[str, int]:
         """Bytes of the tensors held, by use; see `CodeStore.memory`.
 
-        `dense` are the sliding-window layers; `total` is all but `codebooks`.
+        `dense` are the sliding-window layers and `linear` the states of linear attention; `total` is all but
+        `linear` and `codebooks`, which no text makes grow.
         """
         parts = self.store.memory()
-        dense = sum(
-            t.nbytes for layer in self._dense_layers() for t in (layer.keys, layer.values) if t is not None
-        )
-        parts["dense"] = dense
-        parts["total"] += dense
+        own = {True: 0, False: 0}
+        for layer in self._own_layers():
+            own[is_linear(layer)] += sum(tensor.nbytes for tensor in tensors_of(layer).values())
+        parts["dense"], parts["linear"] = own[False], own[True]
+        parts["total"] += own[False]
         parts["codebooks"] = self.codebook.size_bytes(torch.float32)
         return parts
 
@@ -238,7 +251,8 @@ class PQCache(Cache):
 
         Raises:
             UserError: another batch than before, a shape that the codebook is not for, gradients are wanted,
-                or a strict cache would have to fall back.
+                several tokens for a model that forgets (see `hf.trial`), or a strict cache would have to
+                fall back.
         """
         refuse_gradients(keys, values)
         expected = (self._query.num_kv_heads, self._query.specs[0].keys.head_dim)
@@ -249,6 +263,7 @@ class PQCache(Cache):
                 )
         if not keys.shape[2]:
             raise UserError("a forward pass over no tokens: accepted is at least one")
+        refuse_parts(self._parts, self._model_type, self.store.length(position), keys.shape[2])
         if self.store.batch is None and (keys.device, keys.dtype) != (self._query.device, self._query.dtype):
             self._decide(keys.device, keys.dtype)
         if keys.shape[2] > 1:
@@ -294,11 +309,20 @@ class PQCache(Cache):
         return self.store
 
     def _attend(
-        self, query: Tensor, view: KVView, *, scale: float, mask: Tensor | None, softcap: float | None
+        self,
+        query: Tensor,
+        view: KVView,
+        *,
+        scale: float,
+        mask: Tensor | None,
+        softcap: float | None,
+        sinks: Tensor | None,
     ) -> Tensor:
         if view.device_layer is not None and self._choice.compute == "kernel":
             assert softcap is None, "refused when the choice was made"
             first_valid, reason = self._padding.read(mask)
+            if sinks is not None:  # of a model that was known by its configuration alone
+                reason = "no compiled kernels for attention sinks"
             if reason is None:
                 try:
                     return self.store.attend(query, view, scale=scale, first_valid=first_valid)
@@ -309,7 +333,7 @@ class PQCache(Cache):
                 if self._request.strict:
                     refuse(replace(self._choice, fallbacks=(passed_over,)))
                 self._record((passed_over,))
-        return attend(query, view, scale=scale, mask=mask, softcap=softcap)
+        return attend(query, view, scale=scale, mask=mask, softcap=softcap, sinks=sinks)
 
     # -- copies and files ------------------------------------------------------------------------------------
 
@@ -334,7 +358,7 @@ class PQCache(Cache):
             self.store.ops = self._kernels.make_ops(self._choice.store)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the text to a file for `load`: codes, window and sliding-window layers, not the codebook.
+        """Write the text to a file for `load`: codes, window and transformers' own layers, not the codebook.
 
         Raises:
             UserError: the cache holds no text, or the file cannot be written.
@@ -389,20 +413,22 @@ class PQCache(Cache):
             self.store.reset(release)
         else:
             self._decide(self._query.device, self._query.dtype)
-        for layer in self._dense_layers():
-            reset_dense_layer(layer)
+        for layer in self._own_layers():
+            reset_layer(layer)
 
     def crop(self, argument: int) -> None:
         """Remove tokens from the end: -n removes n, a positive argument is the length to keep (see `compat`).
 
         Where this cuts into the coded part, tokens that become exact again are decoded vectors.
+
+        Raises:
+            UserError: layers of linear attention that cannot go back (see `crop_layers`).
         """
         length = self.store.length()
         removed = tokens_to_remove(argument, length)
+        crop_layers(self._own_layers(), length, removed)
         self.store.crop(length - removed)
         self._padding.forget()
-        for layer in self._dense_layers():
-            layer.crop(-removed)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence i becomes a copy of sequence beam_idx[i].
@@ -411,20 +437,20 @@ class PQCache(Cache):
             UserError: as `CodeStore.reorder`.
         """
         self._reindex(lambda store: store.reorder(beam_idx))
-        for layer in self._dense_layers():
+        for layer in self._own_layers():
             layer.reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each sequence becomes `repeats` neighbouring copies."""
         self._reindex(lambda store: store.repeat_interleave(repeats))
-        for layer in self._dense_layers():
-            layer.batch_repeat_interleave(repeats)
+        for layer in self._own_layers():
+            repeat_sequences(layer, repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences `indices`, in that order."""
         self._reindex(lambda store: store.select(indices))
-        for layer in self._dense_layers():
-            layer.batch_select_indices(indices)
+        for layer in self._own_layers():
+            take_sequences(layer, indices)
 
     def _reindex(self, change: Callable[[CodeStore], None]) -> None:
         """Change the batch of the store; without pages for the copies the cache continues contiguously."""
@@ -434,11 +460,12 @@ class PQCache(Cache):
         except PagePoolExhausted as error:
             change(self._without_pages(str(error)))
 
-    def _dense_layers(self) -> list[Any]:
+    def _own_layers(self) -> list[Any]:
+        """transformers' own; not those that keep nothing."""
         return [
             layer
             for layer in self.layers
-            if isinstance(layer, CacheLayerMixin) and not isinstance(layer, PQLayer)
+            if is_linear(layer) or (isinstance(layer, CacheLayerMixin) and not isinstance(layer, PQLayer))
         ]
 
 

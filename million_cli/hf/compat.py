@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache
 
 from million_cli.errors import UserError
 
@@ -54,23 +52,3 @@ def embedding_changes_at(config: PreTrainedConfig) -> int | None:
     return rope.get("original_max_position_embeddings") or getattr(
         text_config, "original_max_position_embeddings", None
     )
-
-
-def reset_cache(cache: Cache) -> None:
-    """Empty a cache of any kind; see `reset_dense_layer`."""
-    cache.reset()
-    for layer in cache.layers:
-        if isinstance(layer, DynamicLayer):
-            reset_dense_layer(layer)
-
-
-def reset_dense_layer(layer: Any) -> None:
-    """Empty one of transformers' own dynamic layers.
-
-    `reset` of 5.17 fills the tensors with zeros but keeps their length, so that a reused cache would attend
-    to as many zeros; later versions drop the tensors as this does.
-    """
-    layer.keys = layer.values = None
-    layer.is_initialized = False
-    if hasattr(layer, "cumulative_length"):  # sliding windows, quantized layers
-        layer.cumulative_length = 0

@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from million_cli.errors import UserError, first_line
 from million_cli.hf.gguf import SMOLLM2, converted, is_gguf, smollm2
 from million_cli.hf.incomplete import refuse_incomplete
+from million_cli.hf.own_layers import ACCEPTED
 from million_cli.hf.probe import sign_bits
 from million_cli.spec import ModelFingerprint
 
@@ -130,7 +131,10 @@ def random_model(
     torch_device = resolve_device(device)
     with torch.random.fork_rng(devices=[torch_device] if torch_device.type == "cuda" else []), torch_device:
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=torch_dtype).eval()
+        try:
+            return AutoModelForCausalLM.from_config(config, dtype=torch_dtype).eval()
+        except (ValueError, ImportError) as error:  # no causal language model, or one that needs a package
+            raise UserError(f"model_type={config.model_type}: {first_line(error)}") from error
 
 
 def full_attention_layers(config: PreTrainedConfig) -> tuple[int, ...]:
@@ -153,10 +157,10 @@ def full_attention_layers(config: PreTrainedConfig) -> tuple[int, ...]:
     for index, layer in enumerate(DynamicCache(config=text_config).layers):
         if type(layer) is DynamicLayer or _sees_all(layer, text_config):
             full.append(index)
-        elif type(layer) is not DynamicSlidingWindowLayer and type(layer).__name__ != "DummyLayer":
+        elif type(layer) not in ACCEPTED and type(layer).__name__ != "DummyLayer":
             raise UserError(
                 f"model_type={name}: layer {index} keeps a {type(layer).__name__}; "
-                "accepted are full and sliding-window attention"
+                "accepted are full, sliding-window and linear attention, one a layer"
             )
     if not full:
         raise UserError(f"model_type={name}: no layer has full attention, so there is nothing to quantise")
@@ -305,6 +309,13 @@ def attention_modules(model: PreTrainedModel) -> Iterator[tuple[int, nn.Module]]
             yield index, module
 
 
+def has_sinks(model: PreTrainedModel) -> bool:
+    """Whether full-attention layers have sinks, a logit a head in the softmax's denominator (gpt_oss)."""
+    modules = dict(attention_modules(model))
+    layers = full_attention_layers(model.config)
+    return any(getattr(modules.get(index), "sinks", None) is not None for index in layers)
+
+
 def _kv_projections(module: nn.Module) -> list[Any]:
     """The linear maps to K and V: two of them, or one that is fused with the queries'."""
     projections = [getattr(module, name, None) for name in _PROJECTIONS]
@@ -312,7 +323,11 @@ def _kv_projections(module: nn.Module) -> list[Any]:
 
 
 def _kv_shape(module: nn.Module, config: PreTrainedConfig) -> tuple[int, int]:
-    """(Hkv, D) of an attention module."""
+    """(Hkv, D) of an attention module.
+
+    Raises:
+        UserError: D of keys and of values differ.
+    """
     head_dim = int(getattr(module, "head_dim", config.hidden_size // config.num_attention_heads))
     k_proj = getattr(module, "k_proj", None)
     if k_proj is None:
@@ -324,4 +339,10 @@ def _kv_shape(module: nn.Module, config: PreTrainedConfig) -> tuple[int, int]:
             if isinstance(heads := getattr(owner, name, None), int):
                 return heads, head_dim
         return config.num_attention_heads, head_dim
-    return k_proj.out_features // head_dim, head_dim
+    Hkv, v_proj = k_proj.out_features // head_dim, getattr(module, "v_proj", None)
+    if v_proj is not None and v_proj.out_features != k_proj.out_features:
+        raise UserError(
+            f"model_type={config.model_type}: head_dim of keys and values differ ({head_dim} and "
+            f"{v_proj.out_features // Hkv}); accepted is one for both"
+        )
+    return Hkv, head_dim

@@ -80,6 +80,6 @@ def steps_reason(cache: PQCache) -> str | None:
     """The reason why a cache has no `PQSteps`, or None."""
     if cache.backend.compute != "kernel":
         return "no compiled kernels serve the cache"
-    if cache.has_dense_layers:
-        return "layers with sliding windows"
+    if cache.has_own_layers:
+        return "layers with sliding windows or linear attention"
     return None

@@ -1,8 +1,8 @@
 """Caches in files: a prompt that is read once serves many processes.
 
 One safetensors file: for each full-attention layer the bit-packed rows of key and value codes and the exact
-window; for each sliding-window layer the tensors that transformers keeps; a card as JSON.  It holds the hash
-of the codebook, not the codebook.
+window; for each layer of transformers' own its tensors; a card as JSON.  It holds the hash of the codebook,
+not the codebook.
 
 Letters: B batch, Hkv KV heads, T tokens, D head_dim.
 """
@@ -21,12 +21,13 @@ from transformers.cache_utils import Cache
 from million_cli.cache.store import CodeStore
 from million_cli.errors import UserError
 from million_cli.files import read_safetensors, write_safetensors
+from million_cli.hf.own_layers import is_linear, restore_layer, tensors_of
 from million_cli.ops.layouts import RowLayout
 from million_cli.pq.codebook import Codebook, content_hash
 from million_cli.spec import WindowSpec
 
 FORMAT = "million-cache"
-VERSION = 1
+VERSION = 2  # 2: states of linear attention
 
 
 def write_cache(path: str | os.PathLike[str], cache: Cache, store: CodeStore, codebook: Codebook) -> None:
@@ -49,18 +50,18 @@ def write_cache(path: str | os.PathLike[str], cache: Cache, store: CodeStore, co
             rows = RowLayout(getattr(spec, side), store.window.page_size)
             tensors[f"{layer}.{side}.codes"] = rows.pack(codes.read(0, coded))
             tensors[f"{layer}.{side}.exact"] = exact
-    dense = {}
-    for index, layer in _dense(cache):
-        if getattr(layer, "keys", None) is not None:
-            tensors[f"dense.{index}.keys"], tensors[f"dense.{index}.values"] = layer.keys, layer.values
-            dense[index] = layer.get_seq_length()
+    own = {}
+    for index, layer in _own(cache):
+        if held := tensors_of(layer):
+            tensors.update({f"own.{index}.{name}": tensor for name, tensor in held.items()})
+            own[index] = list(held)
     card = {
         "version": VERSION,
         "window": asdict(store.window),
         "length": store.length(),
         "fingerprint": codebook.meta.fingerprint.to_dict(),
         "codebook": _digest(codebook),
-        "dense": dense,
+        "own": own,
     }
     write_safetensors(path, tensors, {"format": FORMAT, "card": json.dumps(card, sort_keys=True)})
 
@@ -91,7 +92,7 @@ class SavedCache:
                     f"{path} was written with another codebook; its codes mean nothing in this one"
                 )
             self.window, self._length = WindowSpec(**card["window"]), int(card["length"])
-            self._dense = {int(index): int(length) for index, length in card["dense"].items()}
+            self._own = {int(index): [str(name) for name in names] for index, names in card["own"].items()}
             self.dtype = self._tensors["0.keys.exact"].dtype
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise UserError(f"{path} is damaged: {type(error).__name__}: {error}") from error
@@ -113,25 +114,30 @@ class SavedCache:
                 rest = self._length - store.window.coded_length(self._length)
                 exact.append(self._take(f"{layer}.{side}.exact", 2, rest).to(device))
             store.restore(layer, (codes[0], codes[1]), (exact[0], exact[1]))
-        for index, layer in _dense(cache):
-            if index in self._dense:
-                keys, values = (self._take(f"dense.{index}.{side}").to(device) for side in ("keys", "values"))
-                layer.lazy_initialization(keys, values)
-                layer.keys, layer.values = keys, values
-                if hasattr(layer, "cumulative_length"):
-                    layer.cumulative_length = self._dense[index]
+        for index, layer in _own(cache):
+            held = {name: self._take(f"own.{index}.{name}").to(device) for name in self._own.get(index, ())}
+            if held:
+                try:
+                    restore_layer(layer, held, self._length)
+                except (KeyError, ValueError, IndexError, AttributeError) as error:
+                    raise UserError(f"{self._path} is damaged: layer {index} holds {list(held)}") from error
 
     def _take(self, name: str, dim: int = 0, size: int | None = None) -> Tensor:
         tensor = self._tensors.get(name)
-        if tensor is None or tensor.ndim != 4 or (size is not None and tensor.shape[dim] != size):
+        if tensor is None or (size is not None and (tensor.ndim != 4 or tensor.shape[dim] != size)):
             raise UserError(
                 f"{self._path} is damaged: {name} is missing or of another shape than its card says"
             )
         return tensor
 
 
-def _dense(cache: Cache) -> list[tuple[int, Any]]:
-    return [(i, layer) for i, layer in enumerate(cache.layers) if hasattr(layer, "sliding_window")]
+def _own(cache: Cache) -> list[tuple[int, Any]]:
+    """transformers' own layers, with their indices."""
+    return [
+        (i, layer)
+        for i, layer in enumerate(cache.layers)
+        if is_linear(layer) or hasattr(layer, "sliding_window")
+    ]
 
 
 def _digest(codebook: Codebook) -> str:

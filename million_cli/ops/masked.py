@@ -29,6 +29,7 @@ def masked_attention(
     scale: float,
     mask: Tensor | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     first_valid: Tensor | None = None,
 ) -> Tensor:
     """Attention of the N newest tokens.
@@ -37,7 +38,7 @@ def masked_attention(
         query: `[B, Hq, N, D]`, the tokens length - N .. length - 1.
         stored: keys and values `[B, Hkv, >= boundaries[-1], D]` of the oldest tokens.
         exact: keys and values `[B, Hkv, E, D]` of the tokens boundaries[0] .. length - 1.
-        boundaries, scale, mask, softcap, first_valid: as in `ops.reference.attention`.
+        boundaries, scale, mask, softcap, sinks, first_valid: as in `ops.reference.attention`.
 
     Returns:
         `[B, Hq, N, D]`.  Rows that may see nothing are finite and otherwise undefined.
@@ -67,6 +68,9 @@ def masked_attention(
         bias = _with_mask(seen[:, :, None], mask, tokens, slice(start, stop), Hkv)
         bias = bias.expand(*bias.shape[:2], *grouped.shape[2:4], -1).flatten(2, 3)
         rows = grouped.flatten(2, 3)
+        if sinks is not None:
+            keys, values = (F.pad(x, (0, 0, 0, 1)) for x in (keys, values))
+            bias = _with_sinks(bias, sinks.view(Hkv, -1), rows)
         if softcap is None:
             output = F.scaled_dot_product_attention(rows, keys, values, bias, scale=scale)
         else:
@@ -94,6 +98,18 @@ def _with_mask(seen: Tensor, mask: Tensor | None, tokens: Tensor, rows: slice, H
             return part.masked_fill(~seen, torch.finfo(part.dtype).min)
         seen = seen & part
     return seen | ~seen.any(-1, keepdim=True)  # a row that sees nothing (padding) stays finite
+
+
+def _with_sinks(bias: Tensor, sinks: Tensor, rows: Tensor) -> Tensor:
+    """The mask `[B or 1, Hkv or 1, G * n, columns]` with one column more: the sinks `[Hkv, G]` of its heads.
+
+    A key of zeros scores 0, so that the column's score is the sink.
+    """
+    if bias.dtype == torch.bool:
+        bias = torch.zeros_like(bias, dtype=rows.dtype).masked_fill(~bias, torch.finfo(rows.dtype).min)
+    column = sinks.to(bias.dtype).repeat_interleave(rows.shape[2] // sinks.shape[1], 1)[None, ..., None]
+    shape = (max(bias.shape[0], 1), sinks.shape[0], *bias.shape[2:3])
+    return torch.cat([bias.expand(*shape, -1), column.expand(*shape, -1)], -1)
 
 
 def _softcapped(

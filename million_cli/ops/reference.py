@@ -3,7 +3,7 @@
 For a query q at position t of a head (equations of the method: MILLION, DAC 2025):
 
     s_j = scale * q . k_j         k_j decoded from codes for j < boundary(t), exact from there on
-    p   = softmax over all j together, after softcap and mask
+    p   = softmax over all j together, after softcap and mask; a head's sink adds exp(sink) to its denominator
     o   = sum_j p_j v_j           v_j likewise
 
 A single query never sees a dense K: its products with all centroids form a lookup table `[M, C]`, and a
@@ -53,6 +53,7 @@ def attention(
     scale: float,
     mask: Tensor | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     first_valid: Tensor | None = None,
 ) -> Tensor:
     """Attention of the N newest tokens; K is never dense when N == 1.
@@ -68,6 +69,7 @@ def attention(
         mask: None (causal), bool `[B or 1, Hq or 1, N, >= length]` (True = attend), or additive floats of
             that shape.  A given mask is the whole truth: causality is added only when there is none.
         softcap: scores become softcap * tanh(scores / softcap), before the mask.
+        sinks: `[Hq]`, a logit a head that takes its share of the softmax and has no value (gpt_oss).
         first_valid: `[B]` integers, tokens before it are not seen; combines with either mask.
 
     Returns:
@@ -81,7 +83,7 @@ def attention(
     assert mask is None or (mask.shape[2] == N and mask.shape[3] >= length), mask.shape
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     q = query.to(dtype).unflatten(1, (Hkv, -1)) * scale  # [B, Hkv, G, N, D]
-    softmax = OnlineSoftmax(q)
+    softmax = OnlineSoftmax(q, sinks)
     visibility = _Visibility(boundaries, length, mask, first_valid, q.device)
 
     def add(rows: slice, scores: Tensor, values: Tensor, start: int, coded: bool) -> None:
@@ -144,10 +146,14 @@ class OnlineSoftmax:
     as soon as a row meets a real score, what it gathered from masked ones is scaled to exactly zero.
     """
 
-    def __init__(self, query: Tensor) -> None:
+    def __init__(self, query: Tensor, sinks: Tensor | None = None) -> None:
         self.output = torch.zeros_like(query)
-        self._total = torch.zeros_like(query[..., :1])
-        self._peak = torch.full_like(self._total, torch.finfo(query.dtype).min)
+        if sinks is None:
+            self._total = torch.zeros_like(query[..., :1])
+            self._peak = torch.full_like(self._total, torch.finfo(query.dtype).min)
+        else:  # as if a score equal to the sink, with a value of zero, had come first
+            self._total = torch.ones_like(query[..., :1])
+            self._peak = sinks.to(query.dtype).view(1, *query.shape[1:3], 1, 1).expand_as(self._total).clone()
 
     def add(self, rows: slice, scores: Tensor, values: Tensor) -> None:
         """Scores `[B, Hkv, G, n, T]` (overwritten) of the queries `rows` and values `[B, Hkv, T, D]`."""

@@ -25,6 +25,7 @@ class KernelQuery:
     num_kv_heads: int
     group: int  # G = Hq / Hkv
     softcap: bool = False  # scores are capped by a tanh
+    sinks: bool = False  # a logit a head takes its share of the softmax
     rebase_every: int = 0  # tokens of a block whose keys share an origin (see `pq.rebase`), 0 without
 
 
@@ -40,6 +41,8 @@ def support(query: KernelQuery) -> str | None:
         return f"page_size={query.window.page_size} does not divide a block of {query.rebase_every} positions"
     if query.softcap:
         return "no compiled kernels for softcapped scores"
+    if query.sinks:
+        return "no compiled kernels for attention sinks"
     try:
         # One library serves all visible GPUs, built for the one with the least shared memory.
         arch = min(device_architectures(), key=SHARED_KIB.__getitem__)

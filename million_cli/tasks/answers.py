@@ -15,7 +15,9 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from million_cli.errors import UserError
 from million_cli.hf.compat import check_held
+from million_cli.tasks.base import longest_context
 
 
 @contextmanager
@@ -65,9 +67,14 @@ def greedy(
         Token ids of each answer, with its first stop as the last one.
 
     Raises:
-        UserError: the model did not use the cache throughout.
+        UserError: a prompt does not fit beside its answer, or the model did not use the cache throughout.
     """
-    width = max(map(len, prompts))
+    width, room = max(map(len, prompts)), longest_context(model)
+    if width + new_tokens > room:
+        raise UserError(
+            f"a prompt of {width} tokens and {new_tokens} new ones: the model takes {room}; "
+            "accepted are fewer"
+        )
     padding = [width - len(ids) for ids in prompts]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     ids = torch.tensor([[pad] * n + list(ids) for n, ids in zip(padding, prompts, strict=True)])

@@ -106,6 +106,7 @@ def dense_attention(
     scale: float,
     mask: Tensor | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     first_valid: Tensor | None = None,
 ) -> Tensor:
     """One softmax over all tokens, in float64: `[B, Hq, N, D]`, NaN where a query sees nothing.
@@ -128,5 +129,9 @@ def dense_attention(
     scores = scores.masked_fill(~mask, -torch.inf)
     if first_valid is not None:
         scores = scores.masked_fill(torch.arange(T) < first_valid.view(-1, 1, 1, 1), -torch.inf)
-    p = scores.softmax(-1)
+    if sinks is None:
+        p = scores.softmax(-1)
+    else:
+        column = sinks.double().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        p = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
     return (p * as_code) @ coded_v + (p * ~as_code) @ v

@@ -66,6 +66,8 @@ CASES = [
     *(("per head, mapped", 2, WindowSpec(P, R), {}) for P, R in ((16, 64), (32, 96), (64, 128), (128, 256))),
     ("per head, mapped", 2, SMALL, {"first_valid": PADDED}),
     ("per head, mapped", 2, SMALL, {"softcap": 1.5}),
+    ("per head, mapped", 2, SMALL, {"sinks": torch.linspace(-2, 4, HKV * 2)}),
+    ("per head, mapped", 2, SMALL, {"softcap": 1.5, "sinks": torch.linspace(-2, 4, HKV * 2)}),
     ("per head, mapped", 2, SMALL, {"mask": "padded"}),
     ("blocks of two pages, no map", 2, SMALL, {"first_valid": PADDED, "softcap": 1.5}),
 ]

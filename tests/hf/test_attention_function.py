@@ -69,7 +69,6 @@ def test_any_use_of_a_handle_as_a_tensor_ends_in_one_line(use: Any) -> None:
     ("options", "message"),
     [
         ({"output_attentions": True}, "output_attentions=True"),
-        ({"s_aux": torch.zeros(4)}, "s_aux"),
         ({"position_bias": torch.zeros(1)}, "position_bias"),
         ({"learned_temperature": 2.0}, "learned_temperature"),
         ({"cu_seq_lens_q": torch.zeros(2)}, "cu_seq_lens_q"),

@@ -1,60 +1,67 @@
-"""Families of models by what they call their projections: logits are those of the dequantising reference."""
+"""Families of models: logits are those of the dequantising reference, or the model is refused in one line."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES, FULL, HYBRIDS, REFUSED, WINDOWS, family_model
 from random_codebook import random_codebook
-from tiny_models import VOCABULARY, WINDOW, forward, random_ids, reference_cache, tiny_config
+from tiny_models import WINDOW, forward, random_ids, reference_cache, tiny_config
 from transformers import PreTrainedModel
 
+from million_cli.calibration.sampling import SamplingCache
 from million_cli.engine.dense import DenseCache
 from million_cli.engine.engine import Engine
 from million_cli.errors import UserError
 from million_cli.hf.cache import PagedPQCache
 from million_cli.hf.models import full_attention_layers, random_model
 
-_GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "gpt2": _GPT,
-    "gpt_bigcode": _GPT,
-    "gpt_neox": {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 48,
-    },
-    "persimmon": {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 48,
-    },
-    "dbrx": {
-        "d_model": 32,
-        "n_heads": 4,
-        "n_layers": 2,
-        "max_seq_len": 256,
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
-        "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 2, "moe_top_k": 1},
-    },
-}
+README = Path(__file__).resolve().parents[2] / "README.md"
+
+
+def logits(model: PreTrainedModel, cache: Any, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([forward(model, cache, part) for part in parts], 1)
+
+
+def assert_as_reference(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_the_reference(family: str) -> None:
-    config = {"model_type": family, "vocab_size": VOCABULARY, "initializer_range": 0.25, **FAMILIES[family]}
-    model = random_model({**config, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}, dtype="float64")
-    codebook, ids = random_codebook(model, (4, 5), (2, 8)), random_ids(2, 70)
-    parts = ids.split([50, *[1] * 20], dim=1)
+    model = family_model(family)
+    codebook, ids = random_codebook(model, (4, 5), (2, 8)), random_ids(2, 62)
+    parts = ids.split([50, *[1] * 12], dim=1)
     cache = PagedPQCache(model, codebook, WINDOW)
-    ours = torch.cat([forward(model, cache, part) for part in parts], 1)
-    expected = reference_cache(model, codebook)
-    theirs = torch.cat([forward(model, expected, part) for part in parts], 1)
-    assert cache.get_seq_length() == 70
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+    ours = logits(model, cache, parts)
+    theirs = logits(model, reference_cache(model, codebook), parts)
+    assert cache.get_seq_length() == 62
+    assert_as_reference(ours, theirs)
+    assert (ours[:, -1] - forward(model, None, ids)[:, -1]).abs().max() > 1e-3, "nothing was coded"
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_what_cannot_be_served_is_refused_in_one_line(family: str) -> None:
+    settings, reason = REFUSED[family]
+    with pytest.raises(UserError, match=reason) as error:
+        SamplingCache(family_model(family, settings), samples=8)
+    assert "\n" not in str(error.value)
+
+
+def test_the_readme_lists_the_families_of_these_tests() -> None:
+    rows = re.findall(r"^\| ([a-z ,-]+) \| ((?:`[a-z0-9_]+`(?:, )?)+) \|", README.read_text(), re.MULTILINE)
+    listed = {kind: re.findall(r"`([a-z0-9_]+)`", names) for kind, names in rows}
+    assert listed == {
+        "full attention": sorted(FULL),
+        "sliding windows in some layers": sorted(WINDOWS),
+        "linear attention in some layers": sorted(HYBRIDS),
+        "refused": sorted(REFUSED),
+    }
 
 
 def phi3_with_a_long_window() -> PreTrainedModel:

@@ -293,7 +293,7 @@ def test_offloaded_weights_cannot_be_fingerprinted() -> None:
         ("t5", {}, "cross attention"),
         ("deepseek_v3", {"num_hidden_layers": 2}, "latent attention"),
         ("mamba", {"num_hidden_layers": 2}, "mamba"),
-        ("qwen3_next", {"num_hidden_layers": 4}, "accepted are full and sliding-window attention"),
+        ("falcon_h1", {"num_hidden_layers": 4}, "accepted are full, sliding-window and linear attention"),
         ("mistral", {"num_hidden_layers": 2, "sliding_window": 8}, "no layer has full attention"),
     ],
 )

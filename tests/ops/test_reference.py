@@ -75,6 +75,7 @@ class Case:
         scale: float,
         mask: Tensor | None = None,
         softcap: float | None = None,
+        sinks: Tensor | None = None,
         first_valid: Tensor | None = None,
     ) -> Tensor:
         """`[B, Hq, N, D]` float64, row by row; rows that see nothing are NaN."""
@@ -102,7 +103,12 @@ class Case:
                         s = s if mask.dtype == torch.bool else s + row.double()
                     if first_valid is not None:
                         seen = seen & (torch.arange(length) >= first_valid[b])
-                    out[b, h, i] = s.masked_fill(~seen, -torch.inf).softmax(0) @ v
+                    s = s.masked_fill(~seen, -torch.inf)
+                    if sinks is not None and seen.any():
+                        weights = torch.cat([s, sinks[h : h + 1].double()]).softmax(0)[:-1]
+                    else:
+                        weights = s.softmax(0)
+                    out[b, h, i] = weights @ v
         return out
 
 
@@ -178,6 +184,8 @@ def cases(draw) -> tuple[Case, dict]:
         )
     if draw(st.booleans()):
         options["softcap"] = 2.0
+    if draw(st.booleans()):
+        options["sinks"] = 3 * torch.randn(Hkv * G)
     if draw(st.booleans()):
         options["first_valid"] = torch.randint(0, length + 1, (B,))
     return case, options

@@ -50,6 +50,7 @@ def test_every_supported_case(loads: list[None]) -> None:
         ({"device": torch.device("cpu")}, "no compiled kernels for device cpu"),
         ({"device": torch.device("mps")}, "no compiled kernels for device mps"),
         ({"softcap": True}, "softcapped"),
+        ({"sinks": True}, "attention sinks"),
         ({"dtype": torch.float32}, "dtype=float32"),
         ({"specs": (spec(96, 48, 48),)}, "head_dim=96"),
         ({"specs": (spec(128, 64, 64), spec(128, 64, 8))}, "M=8"),

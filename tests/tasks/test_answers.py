@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import GenerationConfig
 
+from million_cli.errors import UserError
 from million_cli.tasks.answers import greedy, plain_generation, stop_tokens
 from million_cli.tasks.passkey import completions
 
@@ -50,6 +53,16 @@ def own(tiny):
 def test_an_answer_is_the_argmax_of_each_step(tiny):
     found = greedy(tiny.model, tiny.tokenizer, PROMPTS, tiny.caches("dense")("exact"), new_tokens=6, stops=[])
     assert found == [by_argmax(tiny.model, ids, 6) for ids in PROMPTS]
+
+
+def test_a_prompt_that_does_not_fit_beside_its_answer_is_refused(tiny):
+    room = tiny.model.config.max_position_embeddings
+    ask = partial(greedy, tiny.model, tiny.tokenizer, [[5] * (room - 6)], stops=[])
+    assert len(ask(tiny.caches("dense")("exact"), new_tokens=6)[0]) == 6
+    with pytest.raises(
+        UserError, match=f"a prompt of {room - 6} tokens and 7 new ones: the model takes {room}"
+    ):
+        ask(tiny.caches("dense")("exact"), new_tokens=7)
 
 
 @pytest.mark.parametrize("name", OWN)

@@ -70,6 +70,16 @@ def define(folder, output_type="generate_until", until="[]"):
     return Config(tasks=["echo"], path=str(folder))
 
 
+@pytest.mark.parametrize(("max_length", "cut"), [(None, 0), (60, 3), (100, 0)])
+def test_prompts_that_lose_their_beginning_are_counted(tiny, folder, max_length, cut):
+    config = define(folder)
+    config.max_length = max_length
+    material = load(config)
+    found = measure(tiny.model, tiny.tokenizer, tiny.caches(), material, config, 0).metrics
+    assert [len(prompt) for prompt in PROMPTS] == [88, 18, 81, 60]  # a token a character
+    assert found["lm_eval_cut"] == cut
+
+
 def test_the_dense_cache_answers_as_the_model_does_and_codes_are_seen(tiny, folder):
     config = define(folder)
     material = load(config)

@@ -16,7 +16,7 @@ from million_cli.tasks.recall_text import FACT
 from million_cli.text import Text, synthetic_text
 
 
-class RuleModel:
+class RuleModel(torch.nn.Module):
     """Finds the fact in its prompt and answers it, except when a test cache has it in its first half."""
 
     device = torch.device("cpu")
@@ -24,8 +24,12 @@ class RuleModel:
     generation_config = None
 
     def __init__(self, tokenizer):
+        super().__init__()
         self.tokenizer = tokenizer
         self.batches = []
+
+    def set_attn_implementation(self, name):
+        """It has no attention to replace."""
 
     def generate(self, input_ids, attention_mask, past_key_values, generation_config):
         texts = self.tokenizer.batch_decode(input_ids, skip_special_tokens=True)
@@ -37,11 +41,12 @@ class RuleModel:
             word = text[at:].split(after)[1].split(".")[0]
             forgets = not isinstance(past_key_values, DynamicCache) and at < len(text) / 2
             answers.append(" nothing" if forgets else f" {word}.")
-        keys = torch.zeros(len(texts), 1, input_ids.shape[1], 4)
-        past_key_values.update(keys, keys, 0)
         self.batches.append((type(past_key_values), len(texts), attention_mask[:, -1].tolist()))
         new = self.tokenizer(answers, return_tensors="pt", padding=True, padding_side="right").input_ids
-        return torch.cat([input_ids, new], dim=1)
+        output = torch.cat([input_ids, new], dim=1)
+        keys = torch.zeros(len(texts), 1, output.shape[1] - 1, 4)  # the newest token is not read
+        past_key_values.update(keys, keys, 0)
+        return output
 
 
 class OtherCache(DynamicCache.__mro__[1]):

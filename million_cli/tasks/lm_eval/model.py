@@ -21,7 +21,8 @@ class CachedLM(HFLM):
     Prompts, stop sequences, sampling and post-processing stay the harness's.
 
     Attributes:
-        longest: token ids of the longest prompt so far.
+        longest: token ids of the longest prompt so far, as the model was given it.
+        cut: prompts so far that lost their beginning, as they did not fit beside their answer.
     """
 
     def __init__(
@@ -40,11 +41,26 @@ class CachedLM(HFLM):
         self.make = make
         self.label = label
         self.longest: list[int] = []
+        self.cut = 0
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Answers in the order of `requests`, with our progress bar in the place of the harness's."""
         with progress(len(requests), f"lm-eval, {self.label}", "prompt") as self._bar:
             return super().generate_until(list(requests), disable_tqdm=True)
+
+    def tok_batch_encode(
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """The harness's tokens and mask `[B, T]` of a batch; prompts that it cuts are counted."""
+        ids, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
+        if not left_truncate_len:
+            return ids, mask
+        self.cut += int((mask.sum(-1) > left_truncate_len).sum())
+        return ids[:, -left_truncate_len:], mask[:, -left_truncate_len:]
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **settings: Any) -> Tensor:
         """The harness's generation of one left-padded batch `context [B, T]`, into an empty cache."""

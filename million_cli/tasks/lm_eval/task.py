@@ -143,8 +143,9 @@ def measure(
 
     Returns:
         lm_eval_<task>_<metric>[_<filter>], as the harness defines it; lm_eval_average (mean over tasks of
-        each one's first metric); each also with `_dense`; the bytes of `memory_metrics` for the longest
-        prompt.  The table `lm_eval` has a row a task, metric and filter, `lm_eval_samples` a row an answer.
+        each one's first metric); each also with `_dense`; lm_eval_cut (prompts that lost their beginning to
+        fit); the bytes of `memory_metrics` for the longest prompt.  The table `lm_eval` has a row a task,
+        metric and filter, `lm_eval_samples` a row an answer.
 
     Raises:
         UserError: max_length is more than the model takes or too short for the answers, or no chat template.
@@ -192,6 +193,7 @@ def measure(
     firsts = list({row["task"]: row for row in reversed(rows) if row["samples"]}.values())
     metrics["lm_eval_average"] = fmean(row["score"] for row in firsts)
     metrics["lm_eval_average_dense"] = fmean(row["dense"] for row in firsts)
+    metrics["lm_eval_cut"] = lm.cut
     memory = memory_of_prompt(model, caches(prefill), lm.longest)
     samples = list(_samples(*(results["samples"] for results in found)))
     return TaskResult({**metrics, **memory}, {"lm_eval": rows, "lm_eval_samples": samples})
