@@ -60,7 +60,7 @@ def train_codebook(
 
     Args:
         tokenizer: of the model.
-        text: like the one the cache will serve, but not the one it is judged on.
+        text: text of the kind that the cache will serve, but not the text it is judged on.
         recipe: a name under `conf/quantizer` ("pq-4bit"), or a recipe, such as
             `Recipe.named("pq-4bit", "quantizer.bits=3.5")`.
         seed: of every random choice, >= 0.
@@ -83,12 +83,13 @@ class Calibration:
     """One calibration of one model.
 
     Attributes:
-        text: to read, and `recipe` and `seed`, which decide the rest.
-        window: of the caches; only a measured budget of bits depends on it.
-        shown: whether progress bars are.
+        text: the text to read.
+        recipe, seed: decide everything else.
+        window: window of the caches; only a measured budget of bits depends on it.
+        shown: whether progress bars are shown.
 
     Raises:
-        UserError: the text is empty, or the trainer or encoder of the recipe is not to be had here.
+        UserError: the text is empty, or the trainer or encoder of the recipe is not available here.
     """
 
     model: PreTrainedModel
@@ -110,11 +111,11 @@ class Calibration:
         return calibration_windows(*self._reading)
 
     def sample(self, folder: Path | None = None, resume: bool = True) -> Sampled:
-        """Read the text and sample K and V, or go on with it, or find it done.
+        """Read the text and sample K and V; continue or return an earlier calibration in `folder`.
 
         Args:
-            folder: for the state, about every minute and in the end; None keeps all in memory.
-            resume: take up what the folder holds; otherwise it is replaced.
+            folder: keeps the state, about once a minute and at the end; None keeps it in memory.
+            resume: continue from the folder's state; otherwise replace it.
 
         Raises:
             UserError: a text too short, a context too long, a folder that cannot be written or that holds the
@@ -150,7 +151,7 @@ class Calibration:
         return Sampled.in_folder(Samples(folder))
 
     def train(self, sampled: Sampled) -> Codebook:
-        """A codebook from what `sample` gave.
+        """Train a codebook on the result of `sample`.
 
         Raises:
             UserError: as `pq.train_codebook`.
@@ -201,7 +202,7 @@ class Calibration:
         return Rotary(self.model)
 
     def rebases(self) -> tuple[Rebase | None, ...]:
-        """How keys are brought to the origin of their block, by layer; empty: they are coded as they lie."""
+        """How keys are brought to the origin of their block, by layer; empty if they are coded as is."""
         every = self.recipe.quantizer.rebase
         if not every:
             return ()
@@ -214,7 +215,7 @@ class Calibration:
         return self.rotary.rebases(every)
 
     def _longest(self, rebases: Sequence[Rebase | None]) -> int:
-        """Positions that samples are turned to: the model's, or without blocks those of the windows."""
+        """The number of positions for samples: the model's context, or without blocks the longest window."""
         return self.rotary.context if rebases else max(len(window) for window in self.windows)
 
     def measure(self, rebases: Sequence[Rebase | None] = ()) -> Measure | None:
@@ -249,7 +250,7 @@ class Calibration:
 
     @cached_property
     def _inputs(self) -> str:
-        """Digest of all that the samples depend on and the fingerprint and the seed do not tell."""
+        """Digest of all that samples depend on, beside the fingerprint and the seed."""
         inputs = {
             "text": self.text.sha256,
             "code": load_text(CODE).sha256,
@@ -262,7 +263,7 @@ class Calibration:
         return hashlib.sha256(json.dumps(inputs).encode("utf-8")).hexdigest()
 
     def _read(self, cache: SamplingCache, information: Information, done: int, folder: Path | None) -> None:
-        """Read the windows from the `done`th on, and keep the state in `folder`."""
+        """Read the windows from number `done` on, and keep the state in `folder`."""
         windows = self.windows
         total = sum(len(window) for window in windows)
         wanted = min(self.recipe.sample.information, total)

@@ -1,10 +1,10 @@
 """Fisher information of stored keys and values: how much each direction of an error changes the predictions.
 
-For every vector x that a cache would code, g is the gradient of the log-likelihood of tokens that are drawn
-from the model's own next-token distributions, taken through the queries that would see x coded, not those
-that find it still in the exact window.  F = E[g g^T] over vectors, a layer and KV head (see `pq.metric`).
-Gradients of keys are turned to position 0, as the sampled keys are (see `calibration.moving`); those of the
-first tokens stay where they are.
+For every vector x that a cache would code, g is the gradient of the log-likelihood of tokens drawn from the
+model's own next-token distributions.  It comes from the queries that would see x coded, not from those that
+see it in the exact window.  F = E[g g^T] over vectors, a layer and KV head (see `pq.metric`).  Gradients of
+keys are turned to position 0, as the sampled keys are (see `calibration.moving`); those of the first tokens
+stay where they are.
 
 Letters: B batch, T tokens, L full-attention layers, Hkv KV heads, D head_dim, V vocabulary.
 """
@@ -57,10 +57,10 @@ class Information:
     """Sums of g g^T, in float64 on the model's device: 16 L Hkv D^2 bytes however long the text.
 
     Args:
-        model: whose information is gathered.
+        model: the model to differentiate.
         window: which tokens of a text would be coded, and for which queries.
-        seed: of the draws; with the number of windows read so far it decides them.
-        rotary: of the model, to turn gradients of keys to position 0; None leaves them as they are.
+        seed: with the number of windows read so far it decides the draws.
+        rotary: the model's, to turn gradients of keys to position 0; None leaves them as they are.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Information:
         self.read_tokens = self._windows = 0
 
     def read(self, input_ids: Tensor) -> list[Observed]:
-        """Add the vectors of texts `[B, T]` int64; those of a text too short to be coded add nothing.
+        """Add the vectors of texts `[B, T]` int64; texts too short to be coded add nothing.
 
         The weights get no gradients.  Memory is that of the activations of one forward pass.
 
@@ -176,7 +176,7 @@ class Information:
         return towards
 
     def forget(self) -> None:
-        """Drop what was gathered."""
+        """Forget all vectors."""
         for total in self._sums.values():
             total.zero_()
         self._vectors = 0
@@ -201,7 +201,7 @@ def mean_of_state(
 ) -> tuple[Tensor, Tensor] | None:
     """F of keys and of values, float64 `[L, Hkv, D, D]` on the CPU; None if no vector was coded yet.
 
-    turned: takes sums of keys at position 0 to those at the positions that codes are made for.
+    turned: maps F of keys at position 0 to F at the positions that codes are made for.
     """
     vectors = int(state["counts"][0])
     if not vectors:
@@ -227,7 +227,7 @@ def windows_at_once(model: PreTrainedModel, tokens: int) -> int:
 
 
 class _Tap:
-    """A codec that changes nothing and keeps what it gave back, to be differentiated by."""
+    """A codec that changes nothing and keeps its results, so that gradients can be taken at them."""
 
     bits = 16.0
 
@@ -245,7 +245,7 @@ class _Tap:
 
 @contextmanager
 def _frozen(model: PreTrainedModel) -> Iterator[None]:
-    """No parameter asks for gradients meanwhile."""
+    """No parameter requires gradients inside."""
     asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in asked:

@@ -84,7 +84,7 @@ class Measure:
 
 
 class _Coder:
-    """A codec that codes one side; the other, and any with side "", stays as it is."""
+    """A codec that codes one side, and leaves the other as it is (both if `side` is "")."""
 
     bits = 16.0
 

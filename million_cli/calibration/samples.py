@@ -1,4 +1,4 @@
-"""Samples of keys and values: as training takes them, and the folder that holds them."""
+"""Samples of keys and values, in memory for training and in a folder."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Samples:
             raise UserError(f"{self.folder}: the manifest's fingerprint is damaged: {error}") from error
 
     def shard(self, layer: int, names: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
-        """A layer's reservoir state (or what of it `names` says), by the model's layer index.
+        """A layer's reservoir state (all tensors, or those of `names`), by the model's layer index.
 
         Raises:
             UserError: the shard is missing or damaged.
@@ -130,7 +130,7 @@ class SampledSide:
 
 @dataclass(frozen=True)
 class Sampled:
-    """The samples of a calibration text, as training takes them.
+    """The samples of a calibration text, for training.
 
     keys, values: [L, Hkv, n, D]; squares: of either side, [L, Hkv, n], -1 where not known;
     positions: [L, n], of the tokens in their texts; information: an `Information.state()`, or None;
@@ -146,7 +146,7 @@ class Sampled:
 
     @classmethod
     def in_folder(cls, samples: Samples) -> Sampled:
-        """What a folder holds, read a layer at a time when asked for."""
+        """The samples in a folder, read a layer at a time when needed."""
         keys, values = samples.sides()
         positions = [samples.shard(layer, ["positions"])["positions"] for layer in samples.fingerprint.layers]
         information, seen = samples.information(), samples.manifest["seen"]

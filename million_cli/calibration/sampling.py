@@ -53,7 +53,7 @@ class SamplingCache(Cache):
         model: whose K and V are recorded.
         samples: tokens kept a layer.
         seed: >= 0; the same seed and text give the same sample.
-        rotary: of the model, to bring keys to position 0; None keeps them as they are.
+        rotary: the model's, to bring keys to position 0; None keeps them as they are.
 
     Raises:
         UserError: `samples` or `seed` out of range, or an unsupported architecture.

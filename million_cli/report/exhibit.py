@@ -1,4 +1,4 @@
-"""A figure with what a reader needs beside it: title, words, table, data, and where it came from."""
+"""A figure with its title, words, table, data and origin."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where rows came from, as far as their file says."""
+    """The origin of rows, as far as their file says."""
 
     files: list[str]
     commands: list[str]
@@ -39,7 +39,7 @@ class Exhibit:
         kind: of its rows in the CSV beside the picture (see `kinds`).
         name: of its files, without suffix.
         words: a sentence or two on what it shows and how to read it.
-        alt: what the picture shows, for who cannot see it.
+        alt: a description of the picture for readers who cannot see it.
         paint: fills a matplotlib figure of `size` inches; None where a table says it all.
         data: rows for the CSV beside the picture.
         details: a longer table, after the others.
@@ -99,7 +99,7 @@ def to_float(cell: str | None) -> float | None:
 
 
 def origin(rows: Iterable[Mapping[str, str]]) -> Origin:
-    """What the rows' own columns say of where they came from, each thing once."""
+    """The origin in the rows' own columns, each value once."""
     rows = list(rows)
 
     def each(*keys: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Jobs that did not finish: a report that left them out would mislead."""
+"""Jobs that did not finish, which every report lists."""
 
 from __future__ import annotations
 

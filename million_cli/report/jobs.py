@@ -16,7 +16,7 @@ SUITES = {"ruler": "RULER", "longbench": "LongBench", "lm_eval": "lm-evaluation-
 
 
 def terms(row: Row) -> Row:
-    """What a job's row says of itself: model, quantizer, cache, bits, text, settings (`set.`), origin."""
+    """A job's terms: model, quantizer, cache, bits, text, settings (`set.`), origin."""
     name = row.get("config.model.name", "")
     if name == "folder":
         name = Path(row.get("config.model.path", "")).name
@@ -46,7 +46,7 @@ def failure(row: Row) -> Row:
 
 
 def measured(row: Row) -> Row:
-    """What a job measured of quality."""
+    """The quality that a job measured."""
     return {**terms(row), **{key: row[key] for key in MEASURED if row.get(key)}}
 
 

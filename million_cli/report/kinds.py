@@ -119,7 +119,7 @@ KINDS: dict[str, Kind] = {
     "scores": Kind(texts=("suite", "task"), optional=SCORES),
     "speed": Kind(texts=("impl",), required={"context": POSITIVE}, optional=TIMES),
     "largest": Kind(texts=("impl",), required={"context": POSITIVE}, optional=TIMES),
-    # To be read, not drawn: answers and kernels one by one, and what figures have drawn already.
+    # Read but not drawn: single answers and kernels, and the data of figures.
     "drift_answers": Kind(),
     "ruler_samples": Kind(),
     "longbench_samples": Kind(),
@@ -132,7 +132,7 @@ KINDS: dict[str, Kind] = {
 
 
 def checked(path: Path, frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Kind -> the rows of it that can be used; a line on each reason why others cannot."""
+    """Kind -> its usable rows; logs the reason for all others."""
     found: dict[str, pd.DataFrame] = {}
     for (cell, schema), rows in frame.groupby(["kind", "schema"], sort=False):
         name = str(cell)

@@ -1,4 +1,4 @@
-"""What a row is called in figures: its quantizer, and how its settings differ from the usual ones."""
+"""Labels of rows in figures: the quantizer, and settings that differ from the usual ones."""
 
 from __future__ import annotations
 

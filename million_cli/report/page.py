@@ -22,7 +22,7 @@ def write(
     """Write `index.html` and, beside it, a PNG and a CSV of each exhibit.
 
     Args:
-        files: (name, kind, rows) of what was read.
+        files: (name, kind, number of rows) of each file that was read.
 
     Returns:
         The page's path.

@@ -1,4 +1,4 @@
-"""The pictures that jobs leave beside their tables.  matplotlib is an extra: without it there are none."""
+"""The pictures that jobs write beside their tables.  Without the extra matplotlib there are none."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def plot_table(name: str, rows: Sequence[Mapping[str, Any]], path: Path, quantiz
 
 
 def plot_quality(rows: pd.DataFrame, path: Path) -> Path | None:
-    """Quality and memory against bits, of the model and text that most of the jobs are about.
+    """Quality and memory against bits, of the model and text of most jobs.
 
     Args:
         rows: jobs, of a results CSV.

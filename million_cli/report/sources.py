@@ -1,8 +1,8 @@
-"""Which tables a report reads, and what their rows say in common terms.
+"""The tables that a report reads, and their rows in common terms.
 
-A row is known by its `kind`, whatever the file's name; columns that are not asked for do no harm.  Whatever a
-row says of its origin (command, commit, device, versions) goes with it; kernel times may have a record beside
-them (`suite.json`, as the GPU suite writes it).
+A row's `kind` identifies it, whatever the file's name; other columns are ignored.  A row keeps its origin
+(command, commit, device, versions); kernel times may have a record beside them (`suite.json` of the GPU
+suite).
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def _is_hidden(file: Path, folder: Path) -> bool:
 
 
 def _linked(path: Path, kinds: dict[str, pd.DataFrame]) -> Iterator[Path]:
-    """The tables that the rows of jobs name, which come with them."""
+    """The tables that the rows of jobs name."""
     for row in records(kinds["job"]):
         for key, cell in row.items():
             if key.endswith("_table") and cell:
@@ -162,7 +162,7 @@ def _place(results: Path, row: Row, cell: str) -> Path:
 
 
 def _beside(path: Path) -> Row:
-    """The origin of kernel times that the GPU suite wrote."""
+    """The origin of kernel times, from the record of the GPU suite."""
     record = path.with_name("suite.json")
     try:
         found = json.loads(record.read_text(encoding="utf-8"))
@@ -282,4 +282,4 @@ TAKERS: dict[str, Callable[[Data, list[Row], str], None]] = {
     "speed": _into("speed"),
     "largest": _into("largest"),
 }
-"""Kind -> what takes its rows; rows of other kinds are read and not drawn."""
+"""Kind -> the function that takes its rows; rows of other kinds are not drawn."""

@@ -119,7 +119,7 @@ def paint_counts(figure: Any, bars: dict[str, float], title: str) -> None:
 
 
 OURS = ("pq", "million", "paged", "contiguous")
-"""What names of our implementations contain."""
+"""Parts of our implementations' names."""
 
 
 def paint_lines(figure: Any, lines: dict[str, list[Row]]) -> None:

@@ -1,8 +1,7 @@
 """Greedy answers to a batch of prompts, decoded with any cache.
 
-transformers fills every setting that a caller leaves open from the model's own `generation_config.json`: a
-`no_repeat_ngram_size` or `repetition_penalty` there would change answers without a word.  Here nothing is
-left open.
+transformers takes every setting that a caller leaves open from the model's own `generation_config.json`: a
+`no_repeat_ngram_size` or `repetition_penalty` there would change answers silently.  Here no setting is open.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from million_cli.tasks.base import longest_context
 def plain_generation(model: PreTrainedModel, stops: Sequence[int]) -> Iterator[None]:
     """Within it, `model.generate` takes nothing from the model's own generation configuration.
 
-    transformers' defaults then stand for whatever a caller leaves open: greedy, no penalties, no beams.
+    transformers' defaults then hold for settings that a caller leaves open: greedy, no penalties, no beams.
 
     Args:
         stops: tokens that end a text (see `stop_tokens`); empty leaves none.

@@ -1,4 +1,4 @@
-"""Drift over long answers: what a cache changes in hundreds or thousands of tokens that the model writes.
+"""Drift over long answers: how a cache changes the hundreds or thousands of tokens that a model writes.
 
 Prompts are cut from a text and answered greedily with the dense cache and with the cache under test.
 
@@ -46,15 +46,15 @@ RESUMABLE = True
 
 @dataclass
 class Config(TextConfig):
-    """Text (see `TextConfig`) and how it is continued.
+    """The text (see `TextConfig`) and the settings of its continuations.
 
     Attributes:
-        prompts: cut from the text, evenly spread.
+        prompts: number of prompts, cut from the text at even distances.
         prompt_tokens: tokens of a prompt.
         new_tokens: an answer has at most so many tokens; it ends sooner at a token that ends a text.
         batch: prompts at once; all have the same length, so batches change nothing.
         buckets: rows of the table by position, each an equal share of `new_tokens`.
-        ngram: tokens that count as repeated where the answer had them in this order before.
+        ngram: length of the n-grams whose repetition within an answer is counted.
     """
 
     name: str = "drift"
@@ -71,7 +71,7 @@ class Config(TextConfig):
 
 @dataclass(frozen=True)
 class Forced:
-    """A dense answer as the cache reads it, a value a token: KL and log-likelihoods in nats, agreement."""
+    """A dense answer as both caches predict it, by token: KL and log-likelihoods in nats, agreement."""
 
     kl: list[float]
     nll: list[float]
@@ -81,7 +81,7 @@ class Forced:
 
 @dataclass(frozen=True)
 class Answers:
-    """What became of one prompt: the two answers in tokens, and the dense one as the cache reads it."""
+    """The results of one prompt: both answers in tokens, and the predictions of the dense one."""
 
     dense: list[int]
     free: list[int]
@@ -109,7 +109,7 @@ def measure(
     """Answer every prompt with both caches, and read the dense answers with the cache under test.
 
     Args:
-        journals: what is found there is not made again, and new answers are put there; None keeps none.
+        journals: hold the answers made so far; new ones are added.  None keeps none.
 
     Returns:
         Forced: drift_kl_e3 (mean over all tokens x 1000, nats) with its standard error over prompts,
@@ -192,7 +192,7 @@ def read_answers(
 ) -> list[Forced]:
     """Both caches' predictions of answers that follow prompts of one length.
 
-    Shorter texts are padded on the right, where causal attention lets nobody see it.
+    Shorter texts are padded on the right, which causal attention hides from all tokens.
 
     Args:
         texts: token ids of each prompt and answer.
@@ -237,7 +237,7 @@ def summary(made: Sequence[Answers], config: Config) -> dict[str, Scalar]:
 
 
 def repetition(ids: Sequence[int], n: int) -> float:
-    """Share of the n-grams of an answer that it had before; 0 of an answer shorter than n."""
+    """Share of an answer's n-grams that it had before; 0 for an answer shorter than n."""
     grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
@@ -294,6 +294,6 @@ def _answer_rows(tokenizer: Any, made: Sequence[Answers], config: Config) -> lis
 
 
 def _key(prompt: Sequence[int], stops: Sequence[int], config: Config) -> str:
-    """Names a prompt and all that its answers depend on but model, cache and code."""
+    """A key of a prompt and all that its answers depend on, beside model, cache and code."""
     content = json.dumps([prompt, stops, config.new_tokens, config.batch])
     return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -1,11 +1,11 @@
 """Recall: a fact stated somewhere in a long text, asked for at its end, by length and depth.
 
 Prompts are answered in batches, greedily, through `model.generate`.  The prompt itself goes through the cache
-with quantized prefill: the question sees the text as codes, as it does when it comes after the text was read.
-(With exact prefill the first word of the answer, all that is judged, would not touch a code.)
+with quantized prefill: the question sees the text as codes, as a question after a text that was read before.
+(With exact prefill the first word of the answer, which is all that is judged, would depend on no code.)
 
-A recall within one in a hundred of the dense cache's takes questions enough to tell: the cells and the totals
-carry Wilson's interval, and `recall_lost` counts what the dense cache answers and the other one does not.
+A difference of one in a hundred shows only over many questions: cells and totals carry Wilson's interval, and
+`recall_lost` counts the questions that only the dense cache answers.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Config(TextConfig):
 
     Attributes:
         lengths: of prompts, in tokens; null is a quarter, a half and all of the model's context, up to 1024.
-        depths: where the asked fact stands, 0 (start) to 1 (end).
+        depths: positions of the asked fact, 0 (start) to 1 (end).
         samples: prompts a cell; all cells together make the total, which the default makes 300.
         facts: facts a prompt; more than one is multi-key recall.
         batch: prompts at once.
@@ -115,7 +115,7 @@ def measure(
 
 
 def default_lengths(model: PreTrainedModel, new_tokens: int) -> list[int]:
-    """A quarter, a half and all of what the model takes, at most 1024 tokens."""
+    """A quarter, a half and all of the longest prompt: the model's context, at most 1024 tokens."""
     longest = min(1024, longest_context(model) - new_tokens)
     return [longest // 4, longest // 2, longest]
 
@@ -155,7 +155,7 @@ def _cells(
 
 
 def _summary(answers: Sequence[tuple[bool, bool]]) -> dict[str, Scalar]:
-    """Shares of (with the cache, with the dense cache) right, the first one's interval, and how many."""
+    """Shares of right answers with both caches, the interval of the cache's, and counts."""
     n = len(answers)
     right, right_dense = (sum(answer[i] for answer in answers) for i in range(2))
     low, high = wilson(right, n)

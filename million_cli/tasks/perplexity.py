@@ -1,7 +1,7 @@
-"""What quantizing costs a language model on text: KL from its dense self, perplexity, agreement.
+"""The cost of a quantized cache on text: KL from the dense cache, perplexity, agreement.
 
 The text is cut into windows; each is read once with the dense cache and once with the cache under test, and
-the two next-token distributions are compared at every position.  `mode` says how the second reading goes:
+the two next-token distributions are compared at every position.  `mode` is the way of the second reading:
 
     parallel  one forward pass, each query seeing exactly what decoding token by token would show it
     step      token by token (slow; equal to `parallel` up to rounding)
@@ -41,20 +41,20 @@ from million_cli.text import Text, TextConfig
 
 MODES = ("parallel", "step", "distort")
 USUAL_CONTEXT = 2048
-"""The columns without a length in their name are those of the longest windows up to this."""
+"""Columns without a length in their name are of the longest windows up to so many tokens."""
 CHUNK_ELEMENTS = 1 << 24
 """Logits that are compared at once: bounds the float32 copies (a vocabulary of 128K makes 128 positions)."""
 
 
 @dataclass
 class Config(TextConfig):
-    """Text (see `TextConfig`) and how it is read.
+    """The text (see `TextConfig`) and how it is read.
 
     Attributes:
         context: tokens of a window, for windows of one length.
         contexts: several lengths of windows.  Without both: 1024, 2048 and the model's trained context, as
             far as the model and the text allow.
-        max_tokens: read at most that many tokens of the text.
+        max_tokens: the most tokens of the text to read.
         batch: windows at once.
         mode: `parallel`, `step` or `distort`.
         buckets: rows of the table by position, each an equal share of the window.

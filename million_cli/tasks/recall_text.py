@@ -1,4 +1,4 @@
-"""Key-value recall in natural text: the one format that training and evaluation share.  No tensors here.
+"""Key-value recall in natural text: the format that training and evaluation share.  No tensors here.
 
 Facts ("The password of Alice is river.") stand between the sentences of a filler text; the prompt ends with
 a question whose next word is the answer.  One fact is the passkey test (by depth and length); several facts

@@ -1,4 +1,4 @@
-"""The harness's own model for transformers, with the cache of every batch chosen by us."""
+"""The harness's own model for transformers, with our cache for every batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from million_cli.tasks.answers import plain_generation, stop_tokens
 
 
 class CachedLM(HFLM):
-    """`HFLM` whose every batch is generated with a cache of `make`.
+    """`HFLM` that generates every batch with a cache of `make`.
 
     Prompts, stop sequences, sampling and post-processing stay the harness's.
 

@@ -38,12 +38,12 @@ DEFAULT_NEW_TOKENS = 256
 
 @dataclass
 class Config:
-    """Which tasks, and how they are asked.  `task=lm_eval/<name>` on the command line sets `tasks`.
+    """The tasks and their settings.  `task=lm_eval/<name>` on the command line sets `tasks`.
 
     Attributes:
         tasks: of the harness: names of tasks, groups or tags.
         path: a folder of task definitions (YAML) of your own, beside the harness's.
-        limit: the first so many documents of each task; null is all.
+        limit: number of documents of each task, from the first; null is all.
         num_fewshot: examples in each prompt; null is the task's own number.
         batch: prompts at once, padded on the left.  With codes, padding is coded like text, so batches are
             not exactly the same as prompts one at a time.
@@ -71,7 +71,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Material:
-    """The harness's tasks, by name, as `simple_evaluate` takes them, and a hash of all that they ask."""
+    """The harness's tasks by name, in the form of `simple_evaluate`, and a hash of all their questions."""
 
     names: list[str]
     manager: Any
@@ -240,5 +240,5 @@ def _samples(ours: Mapping[str, Any], dense: Mapping[str, Any]) -> Iterator[dict
 
 
 def _quiet() -> None:
-    """What goes wrong we say ourselves; the harness's advice is about its own command line."""
+    """Silence the harness: we report errors ourselves, and its advice is about its own command line."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""The 21 datasets of LongBench (Bai et al., 2023, arXiv:2308.14508): what is asked and how it is judged."""
+"""The 21 datasets of LongBench (Bai et al., 2023, arXiv:2308.14508): prompts and metrics."""
 
 from __future__ import annotations
 

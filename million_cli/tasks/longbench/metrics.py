@@ -1,7 +1,7 @@
 """LongBench's metrics: score(prediction, answer, classes), 0 to 1.
 
-These follow the published definitions, what looks odd in them included, so that scores compare with published
-ones; each such point is named where it is.  The libraries (rouge, jieba, rapidfuzz) are imported on use.
+These follow the published definitions, oddities included, so that scores compare with published ones; a
+comment names each oddity.  The libraries (rouge, jieba, rapidfuzz) are imported on use.
 """
 
 from __future__ import annotations

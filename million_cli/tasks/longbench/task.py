@@ -46,19 +46,19 @@ LIBRARIES = ("rouge", "jieba", "rapidfuzz")
 
 @dataclass
 class Config:
-    """Which samples, and how they are asked.
+    """The samples and their settings.
 
     Attributes:
         path: data.zip, or a folder of <dataset>.jsonl; null downloads the hub's.
         tasks: some of the 21 datasets; null is all.
-        samples: the first so many of each dataset; null is all.
+        samples: number of samples of each dataset, from the first; null is all.
         max_length: tokens a prompt is cut to, in its middle (the published runs used 3500 for a context of
             4096 and 31500 for 32768); null is the model's context less what is generated.
-        new_tokens: generate no more than that, where the published length is longer.
+        new_tokens: the most tokens to generate, where the published number is larger; null keeps that.
         batch: prompts at once, padded on the left.  The published runs ask one at a time; with codes, padding
             is coded like text, so larger batches are not exactly the same.
         prefill: `quantized` or `exact`.
-        chat: use the tokenizer's chat template, if it has one, for the datasets that are asked so.
+        chat: use the tokenizer's chat template, if it has one, for the datasets published with it.
     """
 
     name: str = "longbench"
@@ -87,10 +87,10 @@ class Config:
 
 @dataclass(frozen=True)
 class Question:
-    """A sample as it is asked: prompt ids, how many tokens may follow, which end the answer.
+    """A sample's prompt in token ids, the most tokens of its answer, and the tokens that end it.
 
-    `cut` counts the tokens of the prompt that were cut out of its middle to fit.
-    `key` names the sample and everything that its answer depends on but model, cache and code.
+    `cut` counts the tokens that were cut out of the middle of the prompt.  `key` names the sample and
+    everything that its answer depends on, beside model, cache and code.
     """
 
     sample: Sample
@@ -126,7 +126,7 @@ def measure(
 
     Args:
         samples: from `load`.
-        journals: answers found there are not made again, and new ones are put there; None keeps none.
+        journals: hold the answers made so far; new ones are added.  None keeps none.
 
     Returns:
         longbench_<dataset> (mean score of its samples, 0 to 100), longbench_average (mean over datasets),

@@ -15,7 +15,7 @@ from million_cli.tasks.ruler.tracing import Tracing
 
 @dataclass(frozen=True)
 class Material:
-    """What prompts are made of: prose, its words, and what was read of the datasets."""
+    """The material of prompts: prose, its words, and the datasets."""
 
     essay: Essay
     words: Sequence[str]

@@ -1,4 +1,4 @@
-"""A prompt, what writes it, and its token ids."""
+"""Prompts, their writers and their token ids."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is asked, the words that the answer is made to begin with, and what it must contain."""
+    """A question, the prefix of the answer, and the references that the answer must contain."""
 
     text: str
     prefix: str

@@ -59,7 +59,7 @@ CHAT = ("auto", "true", "false")
 
 @dataclass
 class Config(TextConfig):
-    """Prose for essays and word lists (see `TextConfig`), tasks, and how they are asked.
+    """Prose for essays and word lists (see `TextConfig`), tasks and their settings.
 
     Attributes:
         tasks: some of the thirteen; null is all, qa_1 and qa_2 only with `squad` and `hotpotqa`.
@@ -117,7 +117,7 @@ class Source(Text):
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt as it is asked; `key` names all that its answer depends on but model, cache and code."""
+    """A prompt; `key` names all that its answer depends on, beside model, cache and code."""
 
     number: int
     ids: list[int]
@@ -126,7 +126,7 @@ class Question:
 
 
 def load(config: Config) -> Source:
-    """What the configuration names.
+    """Read the text and the datasets of a configuration.
 
     Raises:
         UserError: as `text.load_text` and `qa.read`.
@@ -152,7 +152,7 @@ def measure(
 
     Args:
         source: from `load`.
-        journals: answers found there are not made again, and new ones are put there; None keeps none.
+        journals: hold the answers made so far; new ones are added.  None keeps none.
 
     Returns:
         ruler_average (mean over tasks and lengths, 0 to 100), ruler_<length> (mean over tasks), each also
@@ -208,7 +208,7 @@ def measure(
 
 
 def default_lengths(model: PreTrainedModel) -> list[int]:
-    """A quarter, a half and all of what the model takes, at most 4096 tokens."""
+    """A quarter, a half and all of the longest text: the model's context, at most 4096 tokens."""
     longest = min(4096, longest_context(model))
     return [longest // 4, longest // 2, longest]
 
@@ -217,7 +217,7 @@ def uses_chat(tokenizer: Any, chat: str) -> bool:
     """Whether prompts go through the chat template.
 
     Raises:
-        UserError: they should, and the tokenizer has none.
+        UserError: `chat` is true and the tokenizer has no template.
     """
     has = bool(getattr(tokenizer, "chat_template", None))
     if chat == "true" and not has:

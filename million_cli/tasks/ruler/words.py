@@ -1,4 +1,4 @@
-"""Words that keys are made of."""
+"""The words of keys."""
 
 from __future__ import annotations
 
