@@ -1,4 +1,4 @@
-"""Every file under conf/ composes and means something."""
+"""Every file under conf/ composes into a valid job."""
 
 from __future__ import annotations
 

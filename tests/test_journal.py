@@ -1,4 +1,4 @@
-"""What a journal keeps through crashes, and who may write to it."""
+"""The rows of a journal after crashes and with several writers."""
 
 from __future__ import annotations
 

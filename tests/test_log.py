@@ -1,4 +1,4 @@
-"""The log: dated entries that say what was tried, the result and the decision, and a page that lists them."""
+"""The log: dated entries with attempt, result and decision, and a page that lists them."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from million_cli.recipe import Recipe, SideCodes
 
 @pytest.fixture
 def reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A tiny random model over bytes in the place of the shipped one."""
+    """A tiny random model over bytes instead of the shipped model."""
     torch.set_num_threads(1)
     alphabet = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(alphabet, []))

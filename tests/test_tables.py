@@ -1,4 +1,4 @@
-"""Result tables: what is written is read back, columns grow, nothing is lost, no cell is a formula."""
+"""Result tables: rows are read back as written, columns grow, nothing is lost, no cell is a formula."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The end-to-end benchmark on a CPU: every row is kept as it is earned, no failure stops it."""
+"""The end-to-end benchmark on a CPU: every row is written when it is measured, no failure stops it."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class Calling(Dense):
 
 @pytest.fixture
 def calling(monkeypatch):
-    """Adds an implementation that makes a call first."""
+    """Adds an implementation that calls the test's function first."""
 
     def add(name, call):
         monkeypatch.setitem(IMPLEMENTATIONS, name, Calling(name, call))
@@ -153,7 +153,7 @@ def test_quantized_caches_of_transformers_where_installed(tmp_path):
 
 
 def run_in_a_process(out, *impls):
-    """The exit code of a run of its own process; only what it leaves in `out` is seen here."""
+    """The exit code of a run in another process; the test sees only its files in `out`."""
 
     def work():
         cases = case(impls), case(["dense"], batch=1)
@@ -180,7 +180,7 @@ def test_a_row_that_killed_its_process_is_measured_again(tmp_path, calling):
 
 
 def test_a_row_that_kills_every_process_is_given_up(tmp_path, calling):
-    """Its neighbours are measured, and nothing is tried a third time."""
+    """Other rows are measured, and no row is tried a third time."""
     calling("deadly", die)
     codes = [run_in_a_process(tmp_path, "dense", "deadly") for _ in range(3)]
     assert codes == [-signal.SIGKILL, -signal.SIGKILL, 0]

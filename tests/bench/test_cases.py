@@ -1,4 +1,4 @@
-"""Cases and settings of the end-to-end benchmark: what is accepted, and what comes out."""
+"""Cases and settings of the end-to-end benchmark: accepted and refused values."""
 
 from __future__ import annotations
 

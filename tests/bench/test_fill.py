@@ -1,4 +1,4 @@
-"""Random tokens in place of a prompt: steps go on from them, and host and device count the same."""
+"""Random tokens instead of a prompt: steps continue from them, and host and device count the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stages from kernels' names and order: on lists as a profiler records them, and on drawn ones."""
+"""Stages from kernels' names and order: on recorded lists and on random ones."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ kernels = st.lists(
 
 @given(step=kernels, count=st.integers(1, 4))
 def test_stages_and_gaps_sum_to_the_step(step, count):
-    """Whatever overlaps: kernels may start up to 2 us before the one ahead ends."""
+    """Also with overlaps: kernels may start up to 2 us before the previous one ends."""
     record, clock = [], 100.0
     for _ in range(count + 1):
         for name, duration, gap in step:

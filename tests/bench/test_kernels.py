@@ -1,4 +1,4 @@
-"""Rows of the kernel benchmark: what is derived from the times, without a GPU."""
+"""Rows of the kernel benchmark: columns computed from times, without a GPU."""
 
 import pytest
 

@@ -16,7 +16,7 @@ from million_cli.bench.measure import Times, largest_batch
 
 
 class Recorder:
-    """A runner that notes what it is asked for."""
+    """A runner that records its calls."""
 
     def __init__(self):
         self.calls = []
@@ -46,7 +46,7 @@ ORDER: list[str] = []
 
 @pytest.fixture
 def ticking(monkeypatch):
-    """Every look at the clock is one second later."""
+    """Every reading of the clock is one second later."""
     counter = itertools.count()
     monkeypatch.setattr(measure.time, "perf_counter", lambda: float(next(counter)))
     ORDER.clear()

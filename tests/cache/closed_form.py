@@ -1,4 +1,4 @@
-"""The stores' meaning written down for tests: random codebooks, what a store must hold, plain attention."""
+"""The definition of a store's content for tests: random codebooks, expected vectors, plain attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The device's lengths: what a tensor holds and what the host believes it holds are the same number."""
+"""The device's lengths: tensor and host hold the same number."""
 
 from __future__ import annotations
 

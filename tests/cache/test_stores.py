@@ -1,6 +1,6 @@
-"""What the stores promise, one promise a test; `test_stores_stateful.py` mixes the operations.
+"""The properties of the stores, one a test; `test_stores_stateful.py` mixes the operations.
 
-Long because every promise is checked on the same matrix of stores, codes and windows.
+Long because every property is checked on the same matrix of stores, codes and windows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The registered attention function: dense caches keep working, what it cannot do is refused in one line."""
+"""The registered attention function: dense caches work, unsupported features are refused in one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The choice of store and compute, and what happens when it has to be revised at run time."""
+"""The choice of store and compute, and its fallbacks at run time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model that drops its cache in the middle of a text: the rest is not the cache's work."""
+"""A model that drops its cache in the middle of a text: its results are refused."""
 
 from __future__ import annotations
 

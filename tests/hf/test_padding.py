@@ -1,4 +1,4 @@
-"""Masks of decode steps: those of transformers in a cheaper form, and what is read from them."""
+"""Masks of decode steps: transformers' masks in a cheaper form, and the padding read from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copies of caches, pickled ones, and ones in files: all go on as the cache they came from."""
+"""Copied, pickled and saved caches continue as their originals do."""
 
 from __future__ import annotations
 

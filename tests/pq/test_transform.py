@@ -1,4 +1,4 @@
-"""Transforms against their definition, the metric that they carry, and what fitting makes of it."""
+"""Transforms against their definition, their metric, and how they are fitted."""
 
 import pytest
 import torch

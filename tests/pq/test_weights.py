@@ -1,4 +1,4 @@
-"""Weights by gradients against the formula in float64, and what is not known."""
+"""Weights by gradients against the formula in float64; unknown gradients."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Which CSVs are understood, and what their rows become."""
+"""The CSVs that a report reads, and their rows in common terms."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ PROMPTS = [
 
 
 def greedy(tiny, prompt, tokens=6):
-    """What the model says after a prompt, with a dense cache and nothing of the harness."""
+    """The model's answer to a prompt, with a dense cache and without the harness."""
     ids = tiny.tokenizer(prompt, return_tensors="pt").input_ids
     settings = GenerationConfig(
         max_new_tokens=tokens, do_sample=False, pad_token_id=tiny.tokenizer.pad_token_id

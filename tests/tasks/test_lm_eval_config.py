@@ -1,4 +1,4 @@
-"""What of the harness's task works without the harness: its configuration and its refusals."""
+"""The harness's task without the harness: its configuration and its refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LongBench's samples from zips and folders, and what is wrong with some."""
+"""LongBench's samples from zips and folders, and damaged ones."""
 
 from __future__ import annotations
 

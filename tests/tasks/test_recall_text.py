@@ -1,4 +1,4 @@
-"""The recall format: what a prompt promises, for tokenizers that are additive and for one that is not."""
+"""The recall format: properties of prompts, for additive tokenizers and for one that is not."""
 
 from __future__ import annotations
 
