@@ -15,6 +15,7 @@ from million_cli.codecs import SimulatedCache
 from million_cli.engine.dense import DenseCache, DenseSteps
 from million_cli.engine.engine import Engine
 from million_cli.engine.joined import part_projections
+from million_cli.errors import UserError
 from million_cli.hf.cache import PQCache
 
 WARM_STEPS = 4
@@ -55,6 +56,7 @@ class EngineRunner:
 
     def facts(self) -> Row:
         engine, cache = self.engine, self.cache
+        _check_logits(engine.logits)
         facts: Row = {"detail": engine.mode}
         if isinstance(engine.steps, DenseSteps):
             facts["detail"] = f"{engine.mode}, sdpa {engine.steps.attention}, a graph a length"
@@ -93,11 +95,13 @@ class StaticRunner:
         self.model = model
         self.cache = StaticCache(config=model.config, max_cache_len=capacity)
         self._config = CompileConfig(dynamic=False)
+        self._logits: Tensor | None = None
 
     def prefill(self, ids: Tensor) -> None:
         with torch.no_grad():
-            logits = self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
-        self._begin(logits[:, -1].argmax(-1)[:, None], ids.shape[1])
+            output = self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self._logits = output.logits[:, -1]
+        self._begin(self._logits.argmax(-1)[:, None], ids.shape[1])
 
     def fill(self, batch: int, length: int) -> None:
         config = self.model.config.get_text_config(decoder=True)
@@ -132,14 +136,25 @@ class StaticRunner:
             use_cache=True,
             logits_to_keep=1,
         )
-        self._token = output.logits[:, -1].argmax(-1)[:, None]
+        self._logits = output.logits[:, -1]
+        self._token = self._logits.argmax(-1)[:, None]
         self._position = self._position + 1
 
     def reset(self) -> None:
         self.cache.reset()
 
     def facts(self) -> Row:
+        _check_logits(self._logits)
         return {"cache_bytes": _bytes_of(self.cache), "detail": "reduce-overhead"}
+
+
+def _check_logits(logits: Tensor | None) -> None:
+    """Raise UserError if the newest logits hold NaN or infinity: times of such a decode are no result."""
+    if logits is not None and not bool(logits.isfinite().all()):
+        raise UserError(
+            "the logits hold NaN or infinity, so nothing is timed; accepted are sound weights in a dtype "
+            "that holds their activations"
+        )
 
 
 def _bytes_of(cache: Cache) -> int:

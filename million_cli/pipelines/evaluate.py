@@ -22,7 +22,7 @@ from million_cli.registry import TASKS
 from million_cli.report.pictures import plot_table
 from million_cli.results import now
 from million_cli.tables import Scalar, write_table
-from million_cli.tasks.base import check_finite, finite_logits
+from million_cli.tasks.base import finite
 from million_cli.text import Text, TextConfig
 
 logger = logging.getLogger("million")
@@ -139,11 +139,8 @@ def _measured(session: Session, caches: Caches, task: Any, text: Any) -> dict[st
         if getattr(module, "RESUMABLE", False):
             same = config.quantizer.kind == "dense"
             resume["journals"] = _journals(path, dense if same else cache, dense, fresh=not config.reuse)
-        with finite_logits(session.model):
-            result = module.measure(
-                session.model, session.tokenizer, caches, text, task, config.seed, **resume
-            )
-        check_finite(task.name, result.metrics)
+        measure = finite(task.name)(module.measure)
+        result = measure(session.model, session.tokenizer, caches, text, task, config.seed, **resume)
         files: dict[str, str] = {}
         for name, rows in result.tables.items():
             place = path.with_name(f"{path.stem}-{name}.csv")

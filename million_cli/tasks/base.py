@@ -7,16 +7,18 @@ A task is a module with a `Config` (its configuration, a dataclass) and a `measu
 `caches` makes the cache under test; the task itself makes the dense cache that it compares with.  A task that
 reads more than a text, or none, has `load(config)`; its result, with a `sha256` and, if other files belong
 to it, `files` (name -> SHA-256), replaces the text.  A task with `RESUMABLE = True` also takes `journals`,
-and keeps there the results so far.
+and keeps there the results so far.  `measure` is decorated by `finite`, so that it refuses NaN and infinity
+whoever calls it.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any, Literal, Protocol
 
 import torch
@@ -62,6 +64,9 @@ def check_task(config: Any, **least: int) -> None:
             raise UserError(f"task.{name}={value}: accepted are integers from {smallest}")
 
 
+Measure = Callable[..., TaskResult]
+
+
 @contextmanager
 def finite_logits(model: PreTrainedModel) -> Iterator[None]:
     """Within it every forward pass is watched; one that gave NaN or infinite logits is refused at the end.
@@ -91,6 +96,29 @@ def finite_logits(model: PreTrainedModel) -> Iterator[None]:
             f"model_type={model.config.model_type}: the logits hold NaN or infinity, so nothing is measured; "
             f"accepted are sound weights in a dtype that holds their activations ({model.dtype} here)"
         )
+
+
+def finite(task: str) -> Callable[[Measure], Measure]:
+    """Let a `measure` function refuse what is not finite: logits on the way, metrics in the end.
+
+    Whoever calls it, it raises UserError then; one that is marked already is left as it is.
+    """
+
+    def mark(measure: Measure) -> Measure:
+        if getattr(measure, "refuses_nonfinite", False):
+            return measure
+
+        @wraps(measure)
+        def watched(model: PreTrainedModel, *args: Any, **kwargs: Any) -> TaskResult:
+            with finite_logits(model):
+                result = measure(model, *args, **kwargs)
+            check_finite(task, result.metrics)
+            return result
+
+        watched.refuses_nonfinite = True  # type: ignore[attr-defined]
+        return watched
+
+    return mark
 
 
 def check_finite(task: str, metrics: Mapping[str, Scalar]) -> None:

@@ -36,6 +36,7 @@ from million_cli.tasks.base import (
     check_finite,
     check_task,
     dense_cache,
+    finite,
     memory_of_prompt,
 )
 from million_cli.tasks.perplexity import Head, compare_tokens, find_head, read_states
@@ -96,6 +97,7 @@ class Answers:
         return None if len(self.free) == len(self.dense) else min(len(self.free), len(self.dense))
 
 
+@finite("drift")
 @torch.inference_mode()
 def measure(
     model: PreTrainedModel,

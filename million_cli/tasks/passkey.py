@@ -29,6 +29,7 @@ from million_cli.tasks.base import (
     check_context,
     check_task,
     dense_cache,
+    finite,
     longest_context,
     memory_metrics,
 )
@@ -72,6 +73,7 @@ class Question:
     item: RecallPrompt
 
 
+@finite("recall")
 @torch.inference_mode()
 def measure(
     model: PreTrainedModel, tokenizer: Any, caches: CacheFactory, text: Text, config: Config, seed: int

@@ -34,6 +34,7 @@ from million_cli.tasks.base import (
     TaskResult,
     check_context,
     dense_cache,
+    finite,
     longest_context,
     memory_metrics,
 )
@@ -194,6 +195,7 @@ def _means(kl: Tensor, nll: Tensor, nll_dense: Tensor) -> dict[str, Scalar]:
     }
 
 
+@finite("perplexity")
 @torch.inference_mode()
 def measure(
     model: PreTrainedModel, tokenizer: Any, caches: CacheFactory, text: Text, config: Config, seed: int

@@ -31,6 +31,9 @@ class RuleModel(torch.nn.Module):
     def set_attn_implementation(self, name):
         """It has no attention to replace."""
 
+    def get_output_embeddings(self):
+        """It has none."""
+
     def generate(self, input_ids, attention_mask, past_key_values, generation_config):
         texts = self.tokenizer.batch_decode(input_ids, skip_special_tokens=True)
         before, after = FACT.split("{name}")[0], FACT.split("{name}")[1].split("{word}")[0]

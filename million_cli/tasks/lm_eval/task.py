@@ -28,6 +28,7 @@ from million_cli.tasks.base import (
     check_extra,
     check_task,
     dense_cache,
+    finite,
     longest_context,
     memory_of_prompt,
 )
@@ -127,6 +128,7 @@ def load(config: Config) -> Material:
     return Material(list(config.tasks), manager, new_tokens, asked.hexdigest())
 
 
+@finite("lm_eval")
 @torch.inference_mode()
 def measure(
     model: PreTrainedModel,

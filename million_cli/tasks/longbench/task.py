@@ -31,6 +31,7 @@ from million_cli.tasks.base import (
     check_extra,
     check_task,
     dense_cache,
+    finite,
     longest_context,
     memory_of_prompt,
 )
@@ -112,6 +113,7 @@ def load(config: Config) -> Samples:
     return data.read(config.path, config.selected, config.samples)
 
 
+@finite("longbench")
 @torch.inference_mode()
 def measure(
     model: PreTrainedModel,

@@ -39,6 +39,7 @@ from million_cli.tasks.base import (
     check_context,
     check_task,
     dense_cache,
+    finite,
     longest_context,
     memory_of_prompt,
 )
@@ -138,6 +139,7 @@ def load(config: Config) -> Source:
     return Source(text.content, text.source, passages, files)
 
 
+@finite("ruler")
 @torch.inference_mode()
 def measure(
     model: PreTrainedModel,
