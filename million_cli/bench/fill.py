@@ -7,7 +7,7 @@ import torch
 from million_cli.cache.store import CodeStore
 from million_cli.engine.dense import DenseCache, DenseLayer
 from million_cli.engine.engine import Engine
-from million_cli.hf.cache import PQCache
+from million_cli.hf.pq_cache import PQCache
 
 CHUNK = 4096
 """Tokens that are appended at once to a cache without steps."""

@@ -16,7 +16,7 @@ from million_cli.engine.dense import DenseCache, DenseSteps
 from million_cli.engine.engine import Engine
 from million_cli.engine.joined import part_projections
 from million_cli.errors import UserError
-from million_cli.hf.cache import PQCache
+from million_cli.hf.pq_cache import PQCache
 
 WARM_STEPS = 4
 """Steps beyond those timed that a runner may take."""

@@ -29,10 +29,10 @@ from million_cli.engine.joined import join_projections
 from million_cli.engine.readback import Readback
 from million_cli.engine.sampler import Sampler
 from million_cli.errors import UserError
-from million_cli.hf.cache import PQCache
 from million_cli.hf.compat import embedding_changes_at
 from million_cli.hf.models import has_sinks, longest_text
 from million_cli.hf.own_layers import reset_cache
+from million_cli.hf.pq_cache import PQCache
 from million_cli.hf.pq_steps import PQSteps, steps_reason
 from million_cli.hf.step import Steps, padding_of_step, step_cache
 from million_cli.hf.switch import pq_attention, use_pq_attention

@@ -8,7 +8,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from million_cli.hf.cache import PQCache
+from million_cli.hf.pq_cache import PQCache
 from million_cli.hf.step import new_marker
 from million_cli.ops.store_ops import KernelFailed
 

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from million_cli.cache.modes import refuse_gradients
 from million_cli.errors import UserError
 from million_cli.hf.attention import PQHandle
-from million_cli.hf.cache import PagedPQCache, PQLayer
+from million_cli.hf.cache import PagedPQCache
+from million_cli.hf.pq_cache import PQLayer
 from million_cli.hf.pq_steps import PQSteps, steps_reason
 from million_cli.hf.select import COMPILED, Kernels
 from million_cli.hf.step import StepHandle

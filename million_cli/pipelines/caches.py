@@ -14,7 +14,7 @@ from million_cli.calibration.samples import Samples
 from million_cli.codecs import Calibrated, Codec, Shape, SimulatedCache
 from million_cli.codecs.distort import DistortCache
 from million_cli.errors import UserError
-from million_cli.hf.cache import PQCache
+from million_cli.hf.pq_cache import PQCache
 from million_cli.pipelines.config import checked
 from million_cli.pipelines.sample import sample, sample_key
 from million_cli.pipelines.session import Session

@@ -22,9 +22,10 @@ from transformers import PreTrainedModel
 
 from million_cli.cache.contiguous import ContiguousStore
 from million_cli.cache.paged import PagedStore
-from million_cli.hf.cache import DynamicPQCache, PagedPQCache, PQCache
+from million_cli.hf.cache import DynamicPQCache, PagedPQCache
 from million_cli.hf.models import random_model
 from million_cli.hf.padding import LeftPadding, padding_mask
+from million_cli.hf.pq_cache import PQCache
 from million_cli.ops.compiled_store import CompiledPaged
 from million_cli.pq.codebook import Codebook
 from million_cli.spec import WindowSpec

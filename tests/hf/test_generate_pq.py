@@ -22,7 +22,8 @@ from tiny_models import (
 from transformers import AttentionInterface, set_seed
 
 from million_cli.hf.attention import PQHandle, pq_attention_forward
-from million_cli.hf.cache import DynamicPQCache, PagedPQCache, PQCache
+from million_cli.hf.cache import DynamicPQCache, PagedPQCache
+from million_cli.hf.pq_cache import PQCache
 from million_cli.hf.switch import ATTENTION_NAME
 
 CACHES: dict[str, type[PQCache]] = {"contiguous": DynamicPQCache, "paged": PagedPQCache}
