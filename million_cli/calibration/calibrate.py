@@ -193,7 +193,7 @@ class Calibration:
         return replace(
             codebook,
             keys=replace(codebook.keys, rebases=rebases),
-            meta=replace(codebook.meta, positions=None if rebases else self._longest(rebases)),
+            meta=replace(codebook.meta, positions=self.rotary.limit if rebases else self._longest(rebases)),
         )
 
     @cached_property

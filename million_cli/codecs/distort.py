@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from million_cli.hf.models import fingerprint
 from million_cli.hf.own_layers import reset_layer
 from million_cli.hf.rotary import served
+from million_cli.hf.select import Fallback, beyond_positions, log_once
 from million_cli.pq import Codebook, LayerPQ, decode, encode
 
 
@@ -41,6 +42,7 @@ class DistortCache(Cache):
 
     Attributes:
         bits: nominal code bits per element.
+        fallbacks: what the text did not get, as of a PQ cache.
 
     Raises:
         UserError: the codebook belongs to another model.
@@ -51,10 +53,23 @@ class DistortCache(Cache):
         codebook.check(ours)
         codebook = served(codebook, model)
         self.bits = codebook.bits_per_element
+        self.fallbacks: tuple[Fallback, ...] = ()
+        self._positions = codebook.meta.positions
         layers = DynamicCache(config=model.config).layers
         for position, index in enumerate(ours.layers):
             layers[index] = DistortLayer(codebook.keys.layer(position), codebook.values.layer(position))
         super().__init__(layers=layers)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As transformers' own; texts beyond the codebook's positions are recorded."""
+        made = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        beyond = beyond_positions(self._positions, self.get_seq_length(layer_idx))
+        if beyond is not None:
+            self.fallbacks = (beyond,)
+            log_once(beyond)
+        return made
 
     def reset(self) -> None:
         """Forget all tokens."""

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 from million_cli.cache.page_manager import PagePoolExhausted
 from million_cli.cache.store import CodeStore
 from million_cli.errors import UserError
+from million_cli.hf.rotary import served
 from million_cli.hf.saved import SavedCache, write_cache
 from million_cli.hf.select import Choice, Kernels
 from million_cli.ops.support import Store
@@ -79,7 +80,7 @@ class PortableCache(Cache):
             UserError: as the class; no such file, one that is damaged, or another codebook or dtype.
         """
         codebook = codebook if isinstance(codebook, Codebook) else Codebook.load(codebook)
-        saved = SavedCache(path, codebook)
+        saved = SavedCache(path, served(codebook, model))
         if saved.dtype != model.dtype:
             raise UserError(
                 f"{path} holds {saved.dtype}, the model is of {model.dtype}; accepted is the same dtype"

@@ -41,6 +41,7 @@ from million_cli.hf.select import (
     Fallback,
     Kernels,
     Request,
+    beyond_positions,
     choose,
     log_once,
     refuse,
@@ -234,6 +235,19 @@ class PQCache(PortableCache):
         self._fall_back(self._choice.store, "torch", f"the kernel failed: {error}")
         self.store.ops = None
 
+    def check_positions(self, length: int) -> None:
+        """Record that a text of `length` tokens needs codes for more positions than the codebook's, if so.
+
+        Raises:
+            UserError: it does, and the run is strict.
+        """
+        beyond = beyond_positions(self.codebook.meta.positions, length)
+        if beyond is None or beyond in self._fallbacks:
+            return
+        if self._request.strict:
+            refuse(replace(self._choice, fallbacks=(beyond,)))
+        self._record((beyond,))
+
     def _record(self, fallbacks: tuple[Fallback, ...]) -> None:
         self._fallbacks += tuple(f for f in fallbacks if f not in self._fallbacks)
         for fallback in fallbacks:
@@ -258,6 +272,7 @@ class PQCache(PortableCache):
                 )
         if not keys.shape[2]:
             raise UserError("a forward pass over no tokens: accepted is at least one")
+        self.check_positions(self.store.length(position) + keys.shape[2])
         refuse_parts(self._parts, self._model_type, self.store.length(position), keys.shape[2])
         if self.store.batch is None and (keys.device, keys.dtype) != (self._query.device, self._query.dtype):
             self._decide(keys.device, keys.dtype)

@@ -44,6 +44,7 @@ class PQSteps:
         store = self.cache.store
         store.prepare_steps()
         needed = store.length() + 1
+        self.cache.check_positions(needed)
         if needed > self._room or not store.is_reserved(needed):
             ahead = store.length() + store.window.page_size
             self._room = max(needed, min(ahead, self._expected)) if self._expected else ahead

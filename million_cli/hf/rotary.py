@@ -74,6 +74,30 @@ class Rotary:
         steps = math.ceil(math.log2(longest / original))
         return (original, *(min(longest, original << step) for step in range(1, steps + 1)))
 
+    @property
+    def limit(self) -> int | None:
+        """Positions for which `rebases` hold; None: all.  Dynamic scaling goes on changing with the text."""
+        dynamic = any(p.get("rope_type") == "dynamic" for p in _parameters(self._config))
+        return self.context if dynamic else None
+
+    def covered(self, layer: int, rebase: Rebase) -> int | None:
+        """Positions of this model that codes made for `rebase`, of another scaling, have seen; None: all.
+
+        A pair of dimensions that turns faster here leaves the angles of the calibrated blocks, unless those
+        went all the way round.
+        """
+        frequencies = self.frequencies(layer)
+        if torch.allclose(frequencies, rebase.frequencies, rtol=1e-4, atol=0):
+            return None
+        lengths = self.lengths(self.context)
+        one = torch.tensor(1)
+        fastest = torch.stack([self.angles(layer, one, length).cpu() for length in lengths]).amax(0)
+        seen = rebase.frequencies * (rebase.every - 1)
+        farther = (seen < 2 * torch.pi) & (fastest * (rebase.every - 1) > 1.01 * seen)
+        if bool(farther.any()):
+            return 1 + int((seen / fastest)[farther].min())
+        return rebase.every if len(lengths) > 1 else None  # one set of origins, angles by length
+
     def angles(self, layer: int, positions: Tensor, length: int) -> Tensor:
         """Radians, float64 `[..., n]`, by which a layer turns keys at `positions [...]` of a text.
 
@@ -223,7 +247,10 @@ def _distance(a: Tensor, b: Tensor) -> float:
 
 
 def served(codebook: Codebook, model: PreTrainedModel) -> Codebook:
-    """The codebook for `model`, whose positions may be scaled in another way than the calibrated model's."""
+    """The codebook for `model`, whose positions may be scaled in another way than the calibrated model's.
+
+    Its card tells which positions of `model` the codes were made for.
+    """
     rebases = codebook.keys.rebases
     if not any(rebases) or len(rebases) != len(full_attention_layers(model.config)):
         return codebook  # `Codebook.check` refuses it
@@ -232,4 +259,7 @@ def served(codebook: Codebook, model: PreTrainedModel) -> Codebook:
         rebase and rebase.served(rotary.frequencies(layer), rotary.scale(layer))
         for layer, rebase in enumerate(rebases)
     )
-    return replace(codebook, keys=replace(codebook.keys, rebases=ours))
+    limits = [rotary.covered(layer, rebase) for layer, rebase in enumerate(rebases) if rebase]
+    positions = min((n for n in (*limits, rotary.limit) if n is not None), default=None)
+    keys = replace(codebook.keys, rebases=ours)
+    return replace(codebook, keys=keys, meta=replace(codebook.meta, positions=positions))

@@ -141,8 +141,12 @@ def _own(cache: Cache) -> list[tuple[int, Any]]:
 
 
 def _digest(codebook: Codebook) -> str:
-    """A hash of centroids and maps, which decode the codes."""
+    """A hash of all that decodes the codes: centroids, maps, and the blocks as the served model turns them."""
     tensors: dict[str, Tensor] = {}
+    blocks = [rebase and (rebase.every, rebase.layout, rebase.gain) for rebase in codebook.keys.rebases]
+    for i, rebase in enumerate(codebook.keys.rebases):
+        if rebase is not None:
+            tensors[f"frequencies.{i}"] = rebase.frequencies
     for name, side in (("keys", codebook.keys), ("values", codebook.values)):
         tensors.update({f"{name}.{i}": centroids for i, centroids in enumerate(side.centroids)})
         if side.transform is not None:
@@ -150,4 +154,4 @@ def _digest(codebook: Codebook) -> str:
                 side.transform.encode,
                 side.transform.decode,
             )
-    return content_hash("", tensors)
+    return content_hash(json.dumps(blocks), tensors)

@@ -127,6 +127,17 @@ def choose(request: Request, query: KernelQuery, support: KernelSupport = suppor
     return choice
 
 
+def beyond_positions(positions: int | None, length: int) -> Fallback | None:
+    """What a text of `length` tokens lacks with codes for `positions` (see `CodebookMeta`), or None."""
+    if positions is None or length <= positions:
+        return None
+    return Fallback(
+        "codes for every position",
+        f"codes for the first {positions}",
+        "the text goes on beyond those that the codebook was calibrated for, where its errors are larger",
+    )
+
+
 def refuse(choice: Choice) -> None:
     """Raise for the fallbacks of a strict run.
 

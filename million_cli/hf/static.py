@@ -114,6 +114,7 @@ class StaticPQCache(PagedPQCache):
             raise UserError(
                 f"{self.store.length() + new_tokens} tokens: this cache was made for {self.max_length}"
             )
+        self.check_positions(self.store.length() + self._asked + new_tokens)
         if is_step and not self._asked:
             self._begin_steps()
         if is_step:

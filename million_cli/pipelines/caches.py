@@ -119,5 +119,5 @@ class Caches:
         )
 
     def _collect(self) -> None:
-        if isinstance(self._latest, PQCache):
+        if isinstance(self._latest, PQCache | DistortCache):
             self._fallbacks.update(dict.fromkeys(str(fallback) for fallback in self._latest.fallbacks))

@@ -72,6 +72,7 @@ def codebook_metrics(codebook: Codebook, path: Path) -> dict[str, Any]:
     return {
         "codebook_file": str(path),
         "bits_nominal": codebook.bits_per_element,
+        "codebook_positions": "any" if meta.positions is None else meta.positions,
         "key_error": fmean(error for layer in meta.key_error for error in layer),
         "value_error": fmean(error for layer in meta.value_error for error in layer),
         "calibration_text": meta.calibration,

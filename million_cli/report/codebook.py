@@ -80,7 +80,8 @@ def exhibit(path: Path) -> Exhibit:
         title=path.name,
         words=(
             f"Mean squared error over variance on {judged}, by layer and KV head; 0 is exact, 1 "
-            f"as bad as the mean. Calibrated on {meta.get('calibration', 'an unnamed text')} ({trained})."
+            f"as bad as the mean. {_covered(meta)} Calibrated on "
+            f"{meta.get('calibration', 'an unnamed text')} ({trained})."
         ),
         alt=f"Heat maps of the error of keys and values over {layers} layers and {heads} KV heads: {said}.",
         paint=lambda figure: paint(figure, errors),
@@ -149,6 +150,11 @@ def paint(figure: Any, errors: Errors) -> None:
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
         figure.colorbar(image, ax=axes, shrink=0.9, pad=0.02).outline.set_visible(False)
+
+
+def _covered(meta: dict[str, Any]) -> str:
+    positions = meta.get("positions")
+    return f"For {'every position' if positions is None else f'the first {positions} positions'} of a text."
 
 
 def _bits(side: dict[str, Any]) -> str:

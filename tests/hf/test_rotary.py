@@ -8,14 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from device_ops import DeviceOps
 from random_codebook import random_codebook
 from tiny_models import VOCABULARY, WINDOW, forward, random_ids, reference_cache, tiny_config, tiny_model
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from million_cli.codecs.distort import DistortCache
+from million_cli.engine.engine import Engine
+from million_cli.errors import UserError
 from million_cli.hf.cache import DynamicPQCache, PagedPQCache
 from million_cli.hf.models import full_attention_layers, random_model
 from million_cli.hf.rotary import Rotary, served
+from million_cli.hf.select import Kernels, log_once
+from million_cli.hf.static import StaticPQCache
 from million_cli.pq.rebase import Rebase
 
 ORIGINAL = 256
@@ -176,3 +182,88 @@ def test_a_padding_token_does_not_hide_the_layout() -> None:
     model = scaled("default")
     assert not model.model.embed_tokens.weight[0].any()
     assert Rotary(model).movable
+
+
+# -- which positions codes were made for ---------------------------------------------------------------------
+
+
+def positions_of(calibrated: str, serving: str, positions: int | None = None) -> int | None:
+    codebook = random_codebook(scaled(calibrated), (8, 5), (4, 8), rebase=32)
+    codebook = replace(codebook, meta=replace(codebook.meta, positions=positions))
+    return served(codebook, scaled(serving)).meta.positions
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_the_calibrated_scaling_is_covered(scaling: str) -> None:
+    """Dynamic scaling goes on changing with the text, so its blocks hold for the context alone."""
+    assert Rotary(scaled(scaling)).limit == positions_of(scaling, scaling)
+    assert positions_of(scaling, scaling) == (1024 if scaling == "dynamic" else None)
+
+
+@pytest.mark.parametrize("serving", ["linear", "yarn", "llama3"])
+def test_slower_turns_are_covered(serving: str) -> None:
+    assert positions_of("default", serving) is None
+
+
+def test_faster_turns_are_not() -> None:
+    """Linear by 4 sees angles of 31 / 4 positions in 31; pairs that went all the way round do not count."""
+    assert positions_of("linear", "default") == 1 + 31 // 4
+    assert positions_of("default", "longrope") == 32  # angles by length, origins by one of them
+    whole_turns = Rebase(1024, torch.full((8,), 0.01).double(), "halves")
+    assert Rotary(scaled("default")).covered(0, whole_turns) is None
+
+
+@pytest.mark.parametrize("cache_class", [DynamicPQCache, PagedPQCache])
+def test_a_text_beyond_the_positions_is_recorded_once(cache_class: Any, caplog: Any) -> None:
+    model = tiny_model()
+    codebook = random_codebook(model, (8, 5), (4, 8))
+    codebook = replace(codebook, meta=replace(codebook.meta, positions=50))
+    text = cache_class(model, codebook, WINDOW)
+    forward(model, text, random_ids(1, 50))
+    assert text.fallbacks == ()
+    log_once.cache_clear()
+    for _ in range(3):
+        forward(model, text, random_ids(1, 1))
+    text.reset()
+    forward(model, text, random_ids(1, 60))
+    (fallback,) = text.fallbacks
+    assert str(fallback).startswith("codes for every position -> codes for the first 50: the text goes on")
+    assert [record.message for record in caplog.records] == [f"fallback: {fallback}"]
+    strict = cache_class(model, codebook, WINDOW, strict=True)
+    with pytest.raises(UserError, match="strict run: codes for every position -> codes for the first 50"):
+        forward(model, strict, random_ids(1, 51))
+
+
+def test_steps_and_distorted_caches_record_it_too() -> None:
+    model = tiny_model()
+    codebook = random_codebook(model, (8, 5), (4, 8))
+    codebook = replace(codebook, meta=replace(codebook.meta, positions=50))
+    on_device = Kernels(lambda query: None, DeviceOps)
+    text = PagedPQCache(model, codebook, WINDOW, compute="kernel", kernels=on_device)
+    engine = Engine(model, text, graphs=None)
+    tokens = engine.generate(random_ids(1, 40), max_new_tokens=30)
+    for _ in range(9):
+        next(tokens)
+    assert text.fallbacks == ()
+    assert len(list(tokens)) == 21
+    assert engine.mode == "steps"
+    assert [fallback.got for fallback in text.fallbacks] == ["codes for the first 50"]
+    static = StaticPQCache(model, codebook, WINDOW, max_length=80, compute="kernel", kernels=on_device)
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "disable_compile": True}
+    model.generate(random_ids(1, 40), past_key_values=static, **options)  # type: ignore[operator]
+    assert [fallback.got for fallback in static.fallbacks] == ["codes for the first 50"]
+    distorted = DistortCache(model, codebook)
+    forward(model, distorted, random_ids(1, 50))
+    assert distorted.fallbacks == ()
+    forward(model, distorted, random_ids(1, 1))
+    assert [fallback.got for fallback in distorted.fallbacks] == ["codes for the first 50"]
+
+
+def test_a_saved_text_is_refused_under_another_scaling(tmp_path: Any) -> None:
+    codebook = random_codebook(scaled("default"), (8, 5), (4, 8), rebase=32)
+    text = PagedPQCache(scaled("yarn"), codebook, WINDOW)
+    forward(scaled("yarn"), text, random_ids(1, 70))
+    text.save(tmp_path / "text")
+    assert PagedPQCache.load(tmp_path / "text", scaled("yarn"), codebook).get_seq_length() == 70
+    with pytest.raises(UserError, match="another codebook"):
+        PagedPQCache.load(tmp_path / "text", scaled("default"), codebook)
