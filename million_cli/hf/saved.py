@@ -141,7 +141,7 @@ def _own(cache: Cache) -> list[tuple[int, Any]]:
 
 
 def _digest(codebook: Codebook) -> str:
-    """A hash of all that decodes the codes: centroids, maps, and the blocks as the served model turns them."""
+    """A hash of all that decodes codes: centroids, maps, blocks as the served model turns them."""
     tensors: dict[str, Tensor] = {}
     blocks = [rebase and (rebase.every, rebase.layout, rebase.gain) for rebase in codebook.keys.rebases]
     for i, rebase in enumerate(codebook.keys.rebases):

@@ -246,3 +246,18 @@ def test_a_table_that_is_gone_is_made_again(job, tmp_path, caplog):
     assert metrics(config) == first
     assert f"{table} is gone; measured again" in caplog.text
     assert table.read_text() == content
+
+
+@pytest.mark.parametrize("mode", ["parallel", "distort"])
+def test_a_row_says_that_positions_are_not_covered(job, mode):
+    """Windows of 128 tokens, read with a codebook of windows of 64."""
+    settings = ["sample.context=64", "reuse=false", f"task.mode={mode}"]
+    (as_it_lies,) = run_evaluate(job(*settings, "quantizer.rebase=0"))
+    assert [str(one) for one in as_it_lies.fallbacks] == [
+        "codes for every position -> codes for the first 64: the text goes on beyond those that the codebook "
+        "was calibrated for, where its errors are larger"
+    ]
+    assert as_it_lies.metrics["codebook_positions"] == 64
+    (in_blocks,) = run_evaluate(job(*settings, "quantizer.rebase=64"))
+    assert in_blocks.fallbacks == []
+    assert in_blocks.metrics["codebook_positions"] == "any"

@@ -121,6 +121,7 @@ def test_stages_are_summed(folder):
 def test_errors_of_a_codebook_by_layer_and_head(codebook):
     meta = Codebook.load(codebook).meta
     exhibit = card.exhibit(codebook)
+    assert f"For the first {meta.positions} positions of a text." in exhibit.words
     assert [float(row["key_error"]) for row in exhibit.data] == [e for line in meta.key_error for e in line]
     places = [(row["layer"], row["head"]) for row in exhibit.data]
     assert places == [("0", "0"), ("0", "1"), ("1", "0"), ("1", "1")]
