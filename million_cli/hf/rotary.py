@@ -86,8 +86,7 @@ class Rotary:
         A pair of dimensions that turns faster here leaves the angles of the calibrated blocks, unless those
         went all the way round.
         """
-        frequencies = self.frequencies(layer)
-        if torch.allclose(frequencies, rebase.frequencies, rtol=1e-4, atol=0):
+        if rebase.same_angles(rebase.served(self.frequencies(layer), rebase.scale)):
             return None
         lengths = self.lengths(self.context)
         one = torch.tensor(1)
@@ -260,6 +259,9 @@ def served(codebook: Codebook, model: PreTrainedModel) -> Codebook:
         for layer, rebase in enumerate(rebases)
     )
     limits = [rotary.covered(layer, rebase) for layer, rebase in enumerate(rebases) if rebase]
-    positions = min((n for n in (*limits, rotary.limit) if n is not None), default=None)
+    limits.append(rotary.limit)
+    if all(a.same_angles(b) for a, b in zip(ours, rebases, strict=True) if a and b):
+        limits.append(codebook.meta.positions)  # it may be of an earlier call
+    positions = min((n for n in limits if n is not None), default=None)
     keys = replace(codebook.keys, rebases=ours)
     return replace(codebook, keys=keys, meta=replace(codebook.meta, positions=positions))

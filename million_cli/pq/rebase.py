@@ -41,6 +41,10 @@ class Rebase:
         """This rebase for a model with the same keys before RoPE and another scaling of its positions."""
         return replace(self, frequencies=frequencies, gain=scale / self.scale)
 
+    def same_angles(self, other: Rebase) -> bool:
+        """Whether the other's frequencies are these, but for float32's rounding."""
+        return torch.allclose(self.frequencies, other.frequencies, rtol=1e-4, atol=0)
+
     def relative(self, keys: Tensor, start: int) -> Tensor:
         """Keys [..., T, D] of the tokens start, start + 1, ... as they are coded, in their own dtype."""
         return self._turned(keys, start, -1, 1 / self.gain)

@@ -30,6 +30,7 @@ PLAIN = (  # euclidean, one width: seconds on one core
     "sample.tokens=8192",
     "sample.reservoir=4096",
     "sample.code=0",
+    "sample.long_share=0",
     "sample.repeats=0",
     "train.iterations=5",
 )

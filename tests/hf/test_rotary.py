@@ -209,6 +209,8 @@ def test_faster_turns_are_not() -> None:
     """Linear by 4 sees angles of 31 / 4 positions in 31; pairs that went all the way round do not count."""
     assert positions_of("linear", "default") == 1 + 31 // 4
     assert positions_of("default", "longrope") == 32  # angles by length, origins by one of them
+    faster = served(random_codebook(scaled("linear"), (8, 5), (4, 8), rebase=32), scaled("default"))
+    assert served(faster, scaled("default")).meta.positions == 8  # a cache's codebook in another cache
     whole_turns = Rebase(1024, torch.full((8,), 0.01).double(), "halves")
     assert Rotary(scaled("default")).covered(0, whole_turns) is None
 
