@@ -105,7 +105,7 @@ def _folders() -> Iterator[Line]:
 
 
 def names() -> Iterator[Line]:
-    """What configurations accept; names of other packages are followed by their package."""
+    """The names that configurations accept; names of other packages are followed by their package."""
     for what, registry in (("caches", CACHES), ("codecs", CODECS), ("tasks", TASKS), ("benchmarks", BENCHES)):
         origins = [(name, registry.package(name)) for name in registry.names]
         names = (name if package == "million" else f"{name} ({package})" for name, package in origins)

@@ -1,7 +1,7 @@
 """The recipe of a codebook: what is sampled, which codes, how they are trained.  Plain values, no torch here.
 
-A `Recipe` is what Hydra composes from the groups `sample`, `quantizer` and `train` under `conf/`, what the
-Python API takes, and what a codebook's card holds.  Seed, device and text are not part of it.
+Hydra composes a `Recipe` from the groups `sample`, `quantizer` and `train` under `conf/`; the Python API
+takes one, and a codebook's card holds one.  Seed, device and text are not part of it.
 """
 
 from __future__ import annotations

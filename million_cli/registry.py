@@ -81,7 +81,7 @@ class Registry:
         return "million" if name in self.own else _package(self.added[name][0])
 
     def source(self, name: str) -> dict[str, str]:
-        """What results of another package's object depend on: its version and sources.  {} for our own."""
+        """The version and sources of another package's object, on which results depend; {} for our own."""
         if name in self.own:
             return {}
         found = self.load(name)

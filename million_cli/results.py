@@ -43,7 +43,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 
 
 running: ContextVar[str] = ContextVar("running", default="")
-"""The command that runs, for what it makes beside its record."""
+"""The command that runs, for files beside its record."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Record:
-    """One job: what was asked, where it ran, what came out."""
+    """One job: its command, machine and results."""
 
     run: str
     verb: str

@@ -71,7 +71,7 @@ def tiny_config(architecture: str, **settings: Any) -> dict[str, Any]:
 
 
 def new_model(architecture: str = "llama", seed: int = 0) -> PreTrainedModel:
-    """A model of one's own: engines change the projections of theirs."""
+    """A new model, for engines, which change its projections."""
     return random_model(tiny_config(architecture), seed=seed, dtype="float64")
 
 

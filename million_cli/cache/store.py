@@ -227,7 +227,7 @@ class CodeStore(CodeHooks):
         state = self._layers[layer]
         if self.ops is not None:
             work = partial(run_operation, self.ops.encode, self.device_layer(layer), k, v, start)
-            if self.prefill == "exact":  # nobody sees these codes before the layer's next append
+            if self.prefill == "exact":  # no query sees these codes before the layer's next append
                 self._side_stream.run(layer, work, (k, v))
             else:
                 work()

@@ -64,7 +64,7 @@ def train_codebook(
         recipe: a name under `conf/quantizer` ("pq-4bit"), or a recipe, such as
             `Recipe.named("pq-4bit", "quantizer.bits=3.5")`.
         seed: of every random choice, >= 0.
-        folder: keeps the samples, so that an interrupted calibration goes on from there; None keeps nothing.
+        folder: keeps the samples, so that an interrupted calibration continues; None keeps nothing.
         window: of the caches that will use the codebook: a budget of bits is measured behind it.
         show_progress: whether progress bars are shown, on stderr.
 
@@ -245,7 +245,7 @@ class Calibration:
 
     @property
     def _reading(self) -> tuple[PreTrainedModel, Any, Text, Sampling, int]:
-        """What decides the windows."""
+        """The settings that decide the windows."""
         return self.model, self.tokenizer, self.text, self.recipe.sample, self.seed
 
     @cached_property

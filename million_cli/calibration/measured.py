@@ -23,7 +23,7 @@ from million_cli.tasks.perplexity import Comparison, read_at_once
 
 
 class Measure:
-    """The KL divergence of the next-token distribution from the dense model's, by what is coded.
+    """Measures the KL divergence from the dense model when one side of one layer is coded.
 
     Calling it with a side ("keys" or "values"), the position of a full-attention layer and a quantizer gives
     the mean over all predictions, in nats, when these vectors alone are coded behind the window.

@@ -157,7 +157,7 @@ class SamplingCache(Cache):
         moment leaves the previous state whole.  Shards that no manifest names any more are removed last.
 
         Args:
-            progress: what the caller needs to go on with the text, as JSON values.
+            progress: the caller's state to continue the text from, as JSON values.
             information: `Information.state()` gathered from the same text, for a shard of its own.
 
         Raises:
@@ -190,7 +190,7 @@ class SamplingCache(Cache):
                 shard.unlink(missing_ok=True)
 
     def resume(self, folder: Path) -> dict[str, Any] | None:
-        """Take up the state that `save` left in `folder`; going on gives the sample of an uninterrupted run.
+        """Restore the state that `save` left in `folder`; the sample becomes that of an uninterrupted run.
 
         Returns:
             The `progress` given to `save`, or None if the folder holds no state.

@@ -31,7 +31,7 @@ def is_linear(layer: Any) -> bool:
 
 
 def tensors_of(layer: Any) -> dict[str, Tensor]:
-    """What the next token needs of a layer, by name.
+    """The tensors of a layer that the next token depends on, by name.
 
     `keys` and `values`, or `conv_states.<i>` and `recurrent_states.<i>`.
     """
@@ -127,7 +127,7 @@ def repeat_sequences(layer: Any, repeats: int) -> None:
 
 
 def restore_layer(layer: Any, tensors: dict[str, Tensor], length: int) -> None:
-    """Let an empty layer hold what `tensors_of` gave for another one after a text of `length` tokens.
+    """Fill an empty layer with the result of `tensors_of` after a text of `length` tokens.
 
     Raises:
         KeyError, ValueError: names that the layer does not have.

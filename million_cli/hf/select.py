@@ -51,7 +51,7 @@ COMPILED = Kernels(support, _compiled_ops)
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for.  `compute="auto"` takes the best that the device can have.
+    """The user's request.  `compute="auto"` takes the best for the device.
 
     Raises:
         UserError: an unknown store or compute.

@@ -1,4 +1,4 @@
-"""What a model can do with a cache that is not transformers' own, found by trying it once with a short text.
+"""Trials with a short text: whether a model works with a cache that is not transformers' own.
 
 Some models with linear attention forget between passes: transformers' Jamba starts each pass of several
 tokens with an empty recurrent state.  Some models do more with keys and values than attend to them.
@@ -35,10 +35,10 @@ class Parts:
 
 
 def parts_of(model: PreTrainedModel) -> Parts:
-    """What `model` can do with a text that does not come in one pass.
+    """In which parts `model` can read a text.
 
     Raises:
-        UserError: not even token by token: then no cache serves it.
+        UserError: not even token by token, so no cache serves it.
     """
     known: Parts | None = model.__dict__.get(_KEY)
     if known is None:
@@ -66,10 +66,10 @@ def refuse_parts(parts: Parts, model_type: str, held: int, new: int) -> None:
 
 @torch.no_grad()
 def check_served(model: PreTrainedModel) -> None:
-    """Make sure that a PQ cache serves `model`: handles in place of K and V give its own logits.
+    """Check that a PQ cache serves `model`: with handles in place of K and V it gives its own logits.
 
     Raises:
-        UserError: it wants something else of K and V, or of its attention function, than attention.
+        UserError: it uses K and V, or its attention function, for more than attention.
     """
     parts_of(model)
     use_pq_attention(model)

@@ -20,7 +20,7 @@ from million_cli.spec import CodeSpec
 
 
 class Layout(Protocol):
-    """What the stores and the readers need of a layout; an instance is fixed to one spec and page size."""
+    """The interface of a layout to stores and readers; an instance is fixed to one spec and page size."""
 
     @property
     def spec(self) -> CodeSpec: ...

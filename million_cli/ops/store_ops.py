@@ -19,7 +19,7 @@ from million_cli.spec import PQSpec
 
 @dataclass(frozen=True)
 class DeviceLayer:
-    """What a launch over one layer reads and writes; see `WindowSpec` for which tokens are where.
+    """The tensors that a launch over one layer reads and writes; see `WindowSpec` for which tokens are where.
 
     Attributes:
         pq_keys, pq_values: what codes mean, on the device.
@@ -74,7 +74,7 @@ class StoreOps(Protocol):
 
 
 class KernelFailed(RuntimeError):  # noqa: N818 (a state, as PagePoolExhausted)
-    """A compiled operation failed; the cache can go on in torch."""
+    """A compiled operation failed; the cache can continue in torch."""
 
 
 def run_operation(operation: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What the commands do, one file a verb: a module with a `run_` function and a line in `registry.VERBS`."""
+"""The commands, one file a verb: a module with a `run_` function and a line in `registry.VERBS`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from million_cli.registry import VERBS
 
 @dataclass(frozen=True)
 class Result:
-    """What one verb measured, on its way into a record; `config` is the configuration that was in force."""
+    """The measurements of one verb, for its record; `config` is the configuration in force."""
 
     config: Mapping[str, Any]
     metrics: Mapping[str, Any]

@@ -125,7 +125,7 @@ class CacheConfig:
 
 @dataclass
 class ReportConfig:
-    """What `million report` shows.
+    """The settings of `million report`.
 
     Attributes:
         files: CSVs and folders of them; empty is `results.csv` under `out`.

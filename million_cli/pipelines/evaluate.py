@@ -28,7 +28,7 @@ from million_cli.text import Text, TextConfig
 logger = logging.getLogger("million")
 
 Job = tuple[Any, Any]
-"""A task's configuration and what it reads: a text, what its module's `load` gives, or None."""
+"""A task's configuration and its material: a text, the result of its module's `load`, or None."""
 
 
 ANSWERING = ("pq", "ops", "cache", "hf", "codecs", "tasks")
@@ -158,7 +158,7 @@ def _measured(session: Session, caches: Caches, task: Any, text: Any) -> dict[st
 
 
 def _kept(path: Path) -> dict[str, Any] | None:
-    """What an earlier run measured; None, with a line, if the file is damaged or its tables are gone."""
+    """The result of an earlier run; None, with a line, if the file is damaged or its tables are gone."""
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         files = [found["metrics"][key] for key in found["metrics"] if key.endswith(("_table", "_plot"))]

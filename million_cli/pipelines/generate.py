@@ -33,7 +33,7 @@ NO_CHOICE = (
 
 @dataclass(frozen=True)
 class Generation:
-    """What `million generate` is asked for, beside the job's model and cache.
+    """The settings of `million generate`, beside the job's model and cache.
 
     Attributes:
         tokens: at most so many new tokens.

@@ -22,7 +22,7 @@ logger = logging.getLogger("million")
 CODES = tuple(field.name for field in fields(Quantizer) if field.name != "name")
 """Keys of `quantizer` that say how codebooks are trained."""
 TRAINING = ("sample", "train", "data")
-"""What only jobs read that calibrate."""
+"""Keys that only calibrating jobs read."""
 
 
 def parse(overrides: Sequence[str]) -> dict[str, str]:

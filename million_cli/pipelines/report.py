@@ -190,7 +190,7 @@ def show(jobs: pd.DataFrame, path: Path, plot: bool = False) -> None:
 
 
 def columns_for(row: Row) -> tuple[Column, ...]:
-    """What of a row is worth showing, by what it measured."""
+    """The columns to show of a row, by its measurements."""
     if row["status"] != "ok":
         return FAILED
     if row.get("tpot_ms"):

@@ -61,7 +61,7 @@ def sample_key(session: Session) -> str:
 
 
 def sample(session: Session) -> Path:
-    """Sample K and V, or go on with an interrupted sampling, or find a finished one.
+    """Sample K and V; continue an interrupted sampling, or return a finished one.
 
     Returns:
         The folder of safetensors shards (`calibration.sampling.Samples`).

@@ -1,4 +1,4 @@
-"""What the stages of one job share: its model, loaded once, and its texts."""
+"""The shared state of a job's stages: its model, loaded once, and its texts."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Session:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What a stage's key says about the model: all that a figure may depend on.
+        """The model in a stage's key: all that a figure may depend on.
 
         Its fingerprint, weights, configuration (of generation too), tokenizer, dtype and device.
         """
@@ -134,7 +134,7 @@ class Session:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes as tokens 0..255 and two special ones: what a model with random weights needs."""
+    """Bytes as tokens 0..255 and two special tokens, for models with random weights."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -67,7 +67,7 @@ def train(session: Session) -> Path:
 
 
 def codebook_metrics(codebook: Codebook, path: Path) -> dict[str, Any]:
-    """What a record says about a codebook."""
+    """The columns of a record about a codebook."""
     meta = codebook.meta
     return {
         "codebook_file": str(path),

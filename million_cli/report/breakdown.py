@@ -1,4 +1,4 @@
-"""Where the time of a decode step goes: a stacked bar a cache."""
+"""Time of a decode step by stage: a stacked bar for each cache."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Stages = dict[str, dict[str, float]]
 
 
 def exhibits(rows: Sequence[Row]) -> list[Exhibit]:
-    """One a model, context and batch: a bar a series, dense beside the others."""
+    """An exhibit for each model, context and batch: a bar for each series, dense beside the others."""
     found = []
     for (model, context, batch), members in by(rows, "model", "context", "batch").items():
         stages: Stages = {}

@@ -22,7 +22,7 @@ COLUMNS = (
 
 
 def exhibits(rows: Sequence[Row]) -> list[Exhibit]:
-    """One a GPU, of time and of speed-up together."""
+    """An exhibit for each GPU: time, and speed-up over dense attention."""
     found = []
     for (device,), members in by(rows, "device").items():
         cases = [row for row in members if _is_timed(row)]
@@ -69,7 +69,7 @@ def _is_timed(row: Row) -> bool:
 
 
 def case(row: Row) -> str:
-    """Heads and batch, and what is not the usual float16 and head_dim 128."""
+    """Heads and batch; also dtype and head_dim where they are not float16 and 128."""
     rest = [row[key] for key, usual in (("dtype", "float16"), ("head_dim", "128")) if row.get(key) != usual]
     return ", ".join([f"{row['q_heads']}/{row['kv_heads']}", f"batch {row['batch']}", *filter(None, rest)])
 

@@ -114,7 +114,7 @@ KINDS: dict[str, Kind] = {
         },
     ),
     "e2e": Kind(texts=("impl",), required={"context": POSITIVE}, optional=TIMES),
-    # What a report writes beside its figures: rows of several files in common terms.
+    # The data of figures, which a report writes: rows of several files in common terms.
     "quality": Kind(texts=("quantizer",), optional={**QUALITY, "bits": COUNT}),
     "scores": Kind(texts=("suite", "task"), optional=SCORES),
     "speed": Kind(texts=("impl",), required={"context": POSITIVE}, optional=TIMES),

@@ -27,7 +27,7 @@ ENDS = (
 
 
 def exhibits(rows: Sequence[Row]) -> list[Exhibit]:
-    """One a model, text and length (of windows or answers): KL and perplexity, a line a quantizer."""
+    """An exhibit for each model, text and length of windows or answers: a line for each quantizer."""
     found = []
     for (model, text, what, context), members in by(rows, "model", "text", "what", "context").items():
         lines = _lines(members)

@@ -32,7 +32,7 @@ COLUMNS = (
 
 
 def exhibits(rows: Sequence[Row]) -> list[Exhibit]:
-    """One a model, text and window length: only numbers of the same tokens compare."""
+    """An exhibit for each model, text and window length: only numbers of the same tokens compare."""
     found = []
     for (model, text, context), members in by(rows, "model", "text", "context").items():
         latest = {row["label"]: row for row in members if to_float(row["bits"]) is not None}

@@ -32,7 +32,7 @@ Map = dict[tuple[int, float], float]
 
 
 def exhibits(rows: Sequence[Row]) -> list[Exhibit]:
-    """One a model, text and number of facts: a heat map a quantizer beside the dense one."""
+    """An exhibit for each model, text and number of facts: heat maps beside the dense one."""
     found = []
     for (model, text, facts), members in by(rows, "model", "text", "facts").items():
         cells = {
@@ -68,7 +68,7 @@ def exhibits(rows: Sequence[Row]) -> list[Exhibit]:
 
 
 def _totals(cells: dict[str, list[Row]]) -> list[Row]:
-    """A row for the dense cache and one a quantizer: recall over all cells, its interval, the difference."""
+    """A row for the dense cache and each quantizer: recall over all cells, its interval, the difference."""
     totals = []
     for label, rows in cells.items():
         sizes = [int(to_float(row.get("recall_n")) or 1) for row in rows]

@@ -18,7 +18,7 @@ AVERAGES = (
 
 
 def exhibits(rows: Sequence[Row]) -> list[Exhibit]:
-    """One a suite and model: a bar a quantizer, the dense cache's average as a line."""
+    """An exhibit for each suite and model: a bar for each quantizer, the dense cache's average as a line."""
     found = []
     for (suite, model), members in by(rows, "suite", "model").items():
         tasks = by(members, "task")

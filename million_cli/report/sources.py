@@ -80,7 +80,7 @@ def read(paths: Sequence[Path], run: str) -> Data:
 
 
 def of_jobs(path: Path, frame: pd.DataFrame) -> Data:
-    """What rows of the jobs' table at `path` say."""
+    """The data of the jobs' table at `path`."""
     data = Data()
     for kind, rows in checked(path, frame).items():
         take(data, path, kind, rows)

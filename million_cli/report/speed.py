@@ -23,7 +23,7 @@ COLUMNS = (
 
 
 def exhibits(rows: Sequence[Row]) -> list[Exhibit]:
-    """One a model and batch: time a token against context, a line an implementation."""
+    """An exhibit for each model and batch: time a token against context, a line for each implementation."""
     found = []
     for (model, batch), members in by(rows, "model", "batch").items():
         for row in members:
@@ -81,7 +81,7 @@ LARGEST = (
 
 
 def largest(rows: Sequence[Row]) -> list[Exhibit]:
-    """One a context: how many sequences fit into the memory of the GPU, a bar a model and implementation."""
+    """An exhibit for each context: sequences that fit into the GPU's memory, by model and implementation."""
     found = []
     for (context,), members in by(rows, "context").items():
         bars = {
@@ -142,7 +142,7 @@ def paint_lines(figure: Any, lines: dict[str, list[Row]]) -> None:
 
 
 def paint_bars(figure: Any, lines: dict[str, list[Row]]) -> None:
-    """One context: a bar an implementation."""
+    """Times at a single context: a bar for each implementation."""
     axes = figure.add_subplot()
     named = [
         (name, ms) for name, line in lines.items() if (ms := to_float(line[-1].get("tpot_ms"))) is not None

@@ -99,7 +99,7 @@ def finite_logits(model: PreTrainedModel) -> Iterator[None]:
 
 
 def finite(task: str) -> Callable[[Measure], Measure]:
-    """Let a `measure` function refuse what is not finite: logits on the way, metrics in the end.
+    """Let a `measure` function refuse NaN and infinity, in logits and in its metrics.
 
     Whoever calls it, it raises UserError then; one that is marked already is left as it is.
     """

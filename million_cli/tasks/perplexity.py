@@ -275,7 +275,7 @@ def context_lengths(model: PreTrainedModel, tokens: int, config: Config) -> list
 
 
 def cut_windows(ids: Sequence[int], context: int, source: str) -> Tensor:
-    """Token ids `[windows, context]` int64 of a text, what is left at its end dropped.
+    """Token ids `[windows, context]` int64 of a text, without the rest at its end.
 
     Raises:
         UserError: the text, named `source`, is shorter than one window.
@@ -307,7 +307,7 @@ def find_head(model: PreTrainedModel) -> Head | None:
 def read_states(
     model: PreTrainedModel, ids: Tensor, cache: Cache, head: Head | None, pieces: int | None = None
 ) -> Tensor:
-    """What `head` takes, `[B, T, H]`, or logits `[B, T, V]` without one, of `ids [B, T]` through `cache`.
+    """Read `ids [B, T]` through `cache`: states `[B, T, H]` for `head`, or logits `[B, T, V]` without a head.
 
     Args:
         pieces: tokens a forward pass; None is all at once.

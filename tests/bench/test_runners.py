@@ -1,4 +1,4 @@
-"""What a runner tells of itself: nothing of a decode that gives NaN or infinity."""
+"""A runner refuses to report a decode that gives NaN or infinity."""
 
 from __future__ import annotations
 

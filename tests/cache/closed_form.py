@@ -68,12 +68,12 @@ def random_qkv(
 
 
 def coded_vectors(x: Tensor, pq: LayerPQ, start: int = 0) -> Tensor:
-    """What is left of x `[B, Hkv, T, D]`, tokens from `start` on, after coding, mapped back, in its dtype."""
+    """x `[B, Hkv, T, D]`, tokens from `start` on, coded, decoded and mapped back, in its dtype."""
     return decode(encode(x, pq, start=start), pq, x.dtype, start=start)
 
 
 def cropped(x: Tensor, pq: LayerPQ, window: WindowSpec, length: int) -> Tensor:
-    """What a store of x `[B, Hkv, T, D]` holds after crop(length): what leaves the codes stays coarse."""
+    """The vectors of a store of x `[B, Hkv, T, D]` after crop(length): decoded vectors stay coarse."""
     coded, length = window.coded_length(x.shape[2]), min(length, x.shape[2])
     x, again_exact = x[:, :, :length].clone(), slice(window.coded_length(length), coded)
     x[:, :, again_exact] = coded_vectors(x[:, :, again_exact], pq, again_exact.start)

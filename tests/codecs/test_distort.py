@@ -1,4 +1,4 @@
-"""The distorting cache holds exactly what the codec makes of K and V."""
+"""The distorting cache holds exactly the coded and decoded K and V."""
 
 from __future__ import annotations
 

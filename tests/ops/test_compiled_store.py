@@ -73,7 +73,7 @@ def test_vectors_and_queries_get_inverse_maps(
 def test_rebased_keys_and_queries_give_the_scores(
     mapped: bool, layout: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is encoded of a prompt, what is mapped in a step, and each form of a query agree."""
+    """The encoded keys of a prompt, the mapped keys of a step, and each form of a query agree."""
     calls: dict[str, list[tuple[Any, ...]]] = {}
     for name in ("pq_encode", "append", "paged_decode"):
         monkeypatch.setattr(compiled, name, lambda *a, _n=name, **k: calls.setdefault(_n, []).append(a))

@@ -1,4 +1,4 @@
-"""`million generate` makes the tokens of `model.generate` and says what it took."""
+"""`million generate` makes the tokens of `model.generate` and reports time and memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the exhibits compute: fronts, growth, totals, averages, sums."""
+"""Computations of exhibits: fronts, growth, totals, averages, sums."""
 
 from __future__ import annotations
 

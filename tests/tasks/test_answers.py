@@ -40,7 +40,7 @@ def by_argmax(model, ids, count):
 
 @pytest.fixture
 def own(tiny):
-    """The model with a generation configuration of one's own."""
+    """The model with a generation configuration of its own."""
     before = tiny.model.generation_config
 
     def put(**settings):

@@ -1,4 +1,4 @@
-"""Tasks refuse what is not finite, also where `measure` is called by hand."""
+"""Tasks refuse NaN and infinity, also when `measure` is called directly."""
 
 from __future__ import annotations
 
