@@ -120,7 +120,7 @@ class PQCache(PortableCache):
         config = model if isinstance(model, PreTrainedConfig) else model.config
         text_config = config.get_text_config(decoder=True)
         if isinstance(model, PreTrainedConfig):
-            # What only the weights can tell is taken from the codebook; `append` checks the shapes.
+            # The rest only weights can tell: the codebook gives it, `append` checks shapes.
             ours = replace(
                 codebook.meta.fingerprint,
                 model_type=text_config.model_type,
