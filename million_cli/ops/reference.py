@@ -9,8 +9,7 @@ For a query q at position t of a head (equations of the method: MILLION, DAC 202
 A single query never sees a dense K: its products with all centroids form a lookup table `[M, C]`, and a
 score is the sum of M entries chosen by the codes.  Values are decoded span by span into a scratch block and
 dropped.  Many queries share each span's decoded keys instead, which gives the same scores by matrix products.
-Caches send many queries through `ops.masked`; the form for many stays here as the definition in one place, and keeps
-memory bounded.
+Caches send many queries through `ops.masked`; the form for many stays here as the definition.
 The transform, where there is one, is applied to the query and undone on the coded part of the output (see
 `pq.transform`).
 
