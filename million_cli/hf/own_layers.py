@@ -127,11 +127,7 @@ def repeat_sequences(layer: Any, repeats: int) -> None:
 
 
 def restore_layer(layer: Any, tensors: dict[str, Tensor], length: int) -> None:
-    """Fill an empty layer with the result of `tensors_of` after a text of `length` tokens.
-
-    Raises:
-        KeyError, ValueError: names that the layer does not have.
-    """
+    """Fill an empty layer with the result of `tensors_of` after a text of `length` tokens."""
     if not is_linear(layer):
         keys, values = tensors["keys"], tensors["values"]
         layer.lazy_initialization(keys, values)

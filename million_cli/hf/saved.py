@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from million_cli.cache.store import CodeStore
-from million_cli.errors import UserError
+from million_cli.errors import UserError, first_line
 from million_cli.files import read_safetensors, write_safetensors
 from million_cli.hf.own_layers import is_linear, restore_layer, tensors_of
 from million_cli.ops.layouts import RowLayout
@@ -27,7 +27,7 @@ from million_cli.pq.codebook import Codebook, content_hash
 from million_cli.spec import WindowSpec
 
 FORMAT = "million-cache"
-VERSION = 2  # 2: states of linear attention
+VERSION = 2  # 2: states of linear attention, a hash of card and tensors
 
 
 def write_cache(path: str | os.PathLike[str], cache: Cache, store: CodeStore, codebook: Codebook) -> None:
@@ -63,7 +63,12 @@ def write_cache(path: str | os.PathLike[str], cache: Cache, store: CodeStore, co
         "codebook": _digest(codebook),
         "own": own,
     }
-    write_safetensors(path, tensors, {"format": FORMAT, "card": json.dumps(card, sort_keys=True)})
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise UserError(f"cache {path}: {name} holds NaN or infinity; it is not written")
+    text = json.dumps(card, sort_keys=True)
+    metadata = {"format": FORMAT, "card": text, "sha256": content_hash(text, tensors)}
+    write_safetensors(path, tensors, metadata)
 
 
 class SavedCache:
@@ -87,6 +92,8 @@ class SavedCache:
             card = json.loads(metadata["card"])
             if card["version"] != VERSION:
                 raise UserError(f"{path} has format version {card['version']}; accepted is {VERSION}")
+            if metadata["sha256"] != content_hash(metadata["card"], self._tensors):
+                raise UserError(f"{path} is damaged: its content has another hash than when it was saved")
             if card["codebook"] != _digest(codebook):
                 raise UserError(
                     f"{path} was written with another codebook; its codes mean nothing in this one"
@@ -94,41 +101,26 @@ class SavedCache:
             self.window, self._length = WindowSpec(**card["window"]), int(card["length"])
             self._own = {int(index): [str(name) for name in names] for index, names in card["own"].items()}
             self.dtype = self._tensors["0.keys.exact"].dtype
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise UserError(f"{path} is damaged: {type(error).__name__}: {error}") from error
-        self._path = path
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+            raise UserError(f"{path} is damaged: {type(error).__name__}: {first_line(error)}") from error
 
     def fill(self, cache: Cache, store: CodeStore, device: torch.device) -> None:
         """Put the text into an empty cache and its store.
 
         Raises:
-            UserError: tensors are missing, or of another shape than the card says.
             PagePoolExhausted: (paged) there are too few pages.
         """
         for layer, spec in enumerate(store.specs):
             codes, exact = [], []
             for side in ("keys", "values"):
                 rows = RowLayout(getattr(spec, side), store.window.page_size)
-                packed = self._take(f"{layer}.{side}.codes", 2, store.window.coded_length(self._length))
-                codes.append(rows.unpack(packed.to(device)))
-                rest = self._length - store.window.coded_length(self._length)
-                exact.append(self._take(f"{layer}.{side}.exact", 2, rest).to(device))
+                codes.append(rows.unpack(self._tensors[f"{layer}.{side}.codes"].to(device)))
+                exact.append(self._tensors[f"{layer}.{side}.exact"].to(device))
             store.restore(layer, (codes[0], codes[1]), (exact[0], exact[1]))
         for index, layer in _own(cache):
-            held = {name: self._take(f"own.{index}.{name}").to(device) for name in self._own.get(index, ())}
+            held = {name: self._tensors[f"own.{index}.{name}"] for name in self._own.get(index, ())}
             if held:
-                try:
-                    restore_layer(layer, held, self._length)
-                except (KeyError, ValueError, IndexError, AttributeError) as error:
-                    raise UserError(f"{self._path} is damaged: layer {index} holds {list(held)}") from error
-
-    def _take(self, name: str, dim: int = 0, size: int | None = None) -> Tensor:
-        tensor = self._tensors.get(name)
-        if tensor is None or (size is not None and (tensor.ndim != 4 or tensor.shape[dim] != size)):
-            raise UserError(
-                f"{self._path} is damaged: {name} is missing or of another shape than its card says"
-            )
-        return tensor
+                restore_layer(layer, {name: tensor.to(device) for name, tensor in held.items()}, self._length)
 
 
 def _own(cache: Cache) -> list[tuple[int, Any]]:

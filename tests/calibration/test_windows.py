@@ -1,63 +1,50 @@
-"""Which windows of a text a model is calibrated on, and which a budget of bits is measured on."""
+"""Windows of tokens: none is longer than the positions that a model has."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from tiny_models import VOCABULARY
 
-from million_cli.calibration.windows import calibration_windows, measuring_windows
-from million_cli.recipe import Sampling
+from million_cli.calibration.calibrate import Calibration
+from million_cli.errors import UserError
+from million_cli.hf.models import random_model
+from million_cli.recipe import Recipe
+from million_cli.spec import WindowSpec
 from million_cli.text import Text, synthetic_text
 
-TEXT = Text(synthetic_text(1, 9000), "synthetic")
+
+class Characters:
+    """A tokenizer: a token a character."""
+
+    def __call__(self, text, **options):
+        return {"input_ids": [3 + ord(character) % (VOCABULARY - 3) for character in text]}
+
+    def __len__(self):
+        return VOCABULARY
 
 
-def sampling(**changes):
-    return Sampling(**{"context": 32, "long": 128, "long_share": 0.3, "repeats": 0.1, "code": 0.2, **changes})
+LEARNED = {
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
+    "opt": {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48,
+        "word_embed_proj_dim": 32, "max_position_embeddings": 256,
+    },
+}  # fmt: skip
 
 
-def test_long_windows_are_mixed_in_as_far_as_the_text_fills_them(tiny):
-    windows = calibration_windows(tiny.model, tiny.tokenizer, TEXT, sampling(tokens=2048), 0)
-    lengths = [len(window) for window in windows]
-    assert lengths.count(128) == round(0.3 * 2048 / 128)
-    assert set(lengths) == {32, 128}
-    assert lengths[0] == 32  # spread among the others
-    ids = tiny.tokenizer(TEXT.content)["input_ids"]
-    first = next(window for window in windows if len(window) == 128)
-    assert first.tolist() == ids[:128]
-    short = calibration_windows(tiny.model, tiny.tokenizer, TEXT, sampling(tokens=100), 0)
-    assert {len(window) for window in short} == {32}
-    none = calibration_windows(tiny.model, tiny.tokenizer, TEXT, sampling(tokens=2048, long_share=0), 0)
-    assert {len(window) for window in none} == {32}
-
-
-def test_no_window_is_longer_than_the_model(tiny):
-    windows = calibration_windows(tiny.model, tiny.tokenizer, TEXT, sampling(tokens=4000, long=8192), 0)
-    assert max(len(window) for window in windows) == tiny.model.config.max_position_embeddings
-
-
-@pytest.mark.parametrize("tokens", [64, 1024])
-def test_half_of_what_is_measured_fetches_from_far_away(tiny, tokens):
-    windows = measuring_windows(tiny.model, tiny.tokenizer, TEXT, sampling(tokens=4000), 0, tokens)
-    usual = [window for window in windows if len(window) == 32]
-    far = [window for window in windows if len(window) == 128]
-    assert len(usual) == max(1, tokens // 2 // 32)
-    assert len(far) == max(1, tokens // 2 // 128)
-    for window in far:
-        half = window[:64].tolist()
-        end, at = window[96:].tolist(), 0
-        while at < 32:  # whole passages of the first half follow each other
-            longest = max(
-                n
-                for n in range(1, 33 - at)
-                if any(half[s : s + n] == end[at : at + n] for s in range(65 - n))
-            )
-            assert longest >= min(16, 32 - at)
-            at += longest
-
-
-def test_the_same_seed_measures_the_same(tiny):
-    one, two = (
-        measuring_windows(tiny.model, tiny.tokenizer, TEXT, sampling(tokens=4000), 3, 512) for _ in range(2)
-    )
-    assert all(map(torch.equal, one, two))
+@pytest.mark.parametrize("family", LEARNED)
+def test_learned_positions_are_read_within_them(family):
+    model = random_model({"model_type": family, "vocab_size": VOCABULARY, **LEARNED[family]})
+    text, recipe = Text(synthetic_text(0, 20_000), "synthetic"), Recipe.named("pq-4bit")
+    make = Calibration(model, Characters(), text, recipe, 0, WindowSpec(), False)
+    assert {len(window) for window in make.windows} == {256}
+    with torch.no_grad():
+        model(make.windows[0][None])
+        with pytest.raises((IndexError, RuntimeError)):
+            model(torch.full((1, 300), 5))
+    longer = replace(recipe, sample=replace(recipe.sample, context=300))
+    with pytest.raises(UserError, match=r"sample\.context=300: accepted are 2 to 256"):
+        len(Calibration(model, Characters(), text, longer, 0, WindowSpec(), False).windows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import pickle
 import subprocess
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import WINDOW, codebook_for, forward, new_model, random_ids, tiny_model
 
 from million_cli.errors import UserError
+from million_cli.files import read_safetensors
 from million_cli.hf.cache import DynamicPQCache, PagedPQCache
 from million_cli.hf.select import Kernels
 from million_cli.hf.static import StaticPQCache
@@ -127,13 +129,48 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
     codebook_for().save(tmp_path / "codebook.safetensors")
     with pytest.raises(UserError, match="is not a cache"):
         PagedPQCache.load(tmp_path / "codebook.safetensors", model, codebook_for())
-    from million_cli.files import read_safetensors
 
+
+DAMAGES = {
+    "a tensor less": lambda tensors, card: tensors.pop("0.values.codes"),
+    "a tensor by another name": lambda tensors, card: tensors.update(x=tensors.pop("own.0.keys")),
+    "fewer tokens": lambda tensors, card: tensors.update(
+        {"0.keys.codes": tensors["0.keys.codes"][:, :, :16]}
+    ),
+    "another batch": lambda tensors, card: tensors.update({"0.values.exact": tensors["0.values.exact"][:1]}),
+    "another dtype": lambda tensors, card: tensors.update({"own.0.keys": tensors["own.0.keys"].long()}),
+    "NaN": lambda tensors, card: tensors["own.0.values"].fill_(torch.nan),
+    "one bit": lambda tensors, card: tensors["0.keys.codes"][0, 0, 0].bitwise_xor_(1),
+    "another length": lambda tensors, card: card.update(length=64),
+    "no list of layers": lambda tensors, card: card.update(own=None),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_refused_in_one_line(tmp_path, damage):
+    model, path = tiny_model("gemma3_text"), tmp_path / "prompt.safetensors"
+    codebook = codebook_for("gemma3_text")
+    cache = PagedPQCache(model, codebook, WINDOW)
+    forward(model, cache, random_ids(2, 100))
+    cache.save(path)
     tensors, metadata = read_safetensors(path)
-    tensors["1.values.codes"] = tensors["1.values.codes"][:, :, :16]
+    card = json.loads(metadata["card"])
+    DAMAGES[damage](tensors, card)
+    metadata["card"] = json.dumps(card, sort_keys=True)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
-    with pytest.raises(UserError, match=r"is damaged: 1\.values\.codes"):
-        PagedPQCache.load(path, model, codebook_for())
+    with pytest.raises(UserError, match="is damaged") as error:
+        PagedPQCache.load(path, model, codebook)
+    assert "\n" not in str(error.value)
+
+
+def test_a_text_that_is_not_finite_is_not_written(tmp_path):
+    cache = make("paged")
+    keys = torch.full((1, 2, 20, 16), torch.nan, dtype=torch.float64)
+    for layer in range(2):
+        cache.update(keys, keys, layer)
+    with pytest.raises(UserError, match="holds NaN or infinity; it is not written"):
+        cache.save(tmp_path / "prompt.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_process_reads_it(tmp_path):
