@@ -76,32 +76,32 @@ def crop_layers(layers: list[Any], length: int, removed: int) -> None:
     """Remove the newest `removed` of `length` tokens from each of the layers, or from none.
 
     Raises:
-        UserError: a layer of linear attention that cannot go back.
+        UserError: a layer that no longer holds the state before them.
     """
-    if removed and removed < length:
-        for layer in layers:
-            if is_linear(layer) and not _goes_back(layer, removed):
-                raise UserError(
-                    f"a crop by {removed} tokens: linear attention keeps no earlier states; accepted "
-                    "are 0 and the whole text, and with convolutions alone what was read since "
-                    "activate_past_recording()"
-                )
+    if 0 < removed < length and not all(_goes_back(layer, length, removed) for layer in layers):
+        raise UserError(
+            f"a crop by {removed} tokens: linear attention and sliding windows keep no earlier states; "
+            "accepted are 0, the whole text, and with windows and convolutions alone what was read since "
+            "activate_past_recording()"
+        )
     for layer in layers:
-        if not is_linear(layer):
-            layer.crop(-removed)
-        elif removed >= length:
+        if removed >= length:
             reset_layer(layer)
-        elif removed:
+        elif removed or layer.record_past:  # a crop by 0 ends a recording
             layer.crop(-removed)
 
 
-def _goes_back(layer: Any, tokens: int) -> bool:
-    """Whether the states before the newest `tokens` are all there."""
+def _goes_back(layer: Any, length: int, removed: int) -> bool:
+    """Whether what a layer held before the newest `removed` of `length` tokens is all there."""
+    if not is_linear(layer):
+        window = layer.sliding_window - 1
+        held = layer.get_seq_length() < layer.sliding_window or layer.record_past
+        return held and layer.keys.shape[-2] >= min(length, window + removed)
     return (
         layer.record_past
         and layer.is_croppable
         and all(
-            layer.conv_states[i].shape[-1] >= layer.conv_kernel_size[i] + tokens
+            layer.conv_states[i].shape[-1] >= layer.conv_kernel_size[i] + removed
             for i in range(layer.number_of_states)
         )
     )

@@ -366,7 +366,7 @@ class PQCache(PortableCache):
         Where this cuts into the coded part, tokens that become exact again are decoded vectors.
 
         Raises:
-            UserError: layers of linear attention that cannot go back (see `crop_layers`).
+            UserError: linear attention or sliding windows that cannot go back (see `crop_layers`).
         """
         length = self.store.length()
         removed = tokens_to_remove(argument, length)

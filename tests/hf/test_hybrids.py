@@ -1,4 +1,4 @@
-"""Models with linear attention: coded layers beside transformers' own states, and all changes of a cache."""
+"""Coded layers beside transformers' own, linear attention and sliding windows, under changes of a cache."""
 
 from __future__ import annotations
 
@@ -67,12 +67,39 @@ def test_sequences_are_reordered_repeated_and_selected(family: str) -> None:
 def test_a_crop_goes_to_the_start_or_is_refused_without_a_change(family: str) -> None:
     ids = random_ids(2, 60)
     cache = read(family, ids)
-    with pytest.raises(UserError, match="a crop by 3 tokens: linear attention keeps no earlier states"):
+    with pytest.raises(
+        UserError, match="a crop by 3 tokens: linear attention and sliding windows keep no earlier"
+    ):
         cache.crop(-3)
     cache.crop(0)
     assert cache.get_seq_length() == 60
     assert_goes_on_alike(family, cache, read(family, ids), 2)
     cache.crop(-64)
+    assert cache.get_seq_length() == 0
+    assert_goes_on_alike(family, read(family, ids, cache), read(family, ids), 2)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_sliding_windows_are_cropped_as_far_as_they_hold(family: str) -> None:
+    model, codebook = served(family)
+    ids, cache = random_ids(2, 60), PagedPQCache(*served(family), WINDOW)
+    forward(model, cache, ids[:, :20])
+    cache.crop(-3)  # the window of 24 was not reached
+    forward(model, cache, ids[:, 17:50])
+    with pytest.raises(UserError, match="a crop by 3 tokens: linear attention and sliding windows keep"):
+        cache.crop(-3)
+    cache.crop(0)
+    assert cache.get_seq_length() == 50
+    cache.activate_past_recording()
+    forward(model, cache, random_ids(2, 4, seed=9))
+    with pytest.raises(UserError, match="a crop by 5 tokens"):
+        cache.crop(-5)
+    cache.crop(-4)
+    fresh = PagedPQCache(model, codebook, WINDOW)
+    for part in (ids[:, :17], ids[:, 17:50]):
+        forward(model, fresh, part)
+    assert_goes_on_alike(family, cache, fresh, 2)
+    cache.crop(-54)
     assert cache.get_seq_length() == 0
     assert_goes_on_alike(family, read(family, ids, cache), read(family, ids), 2)
 
