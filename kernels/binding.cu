@@ -69,31 +69,6 @@ const float* rotation_pointer(const OptionalTensor& rotation, const char* name, 
   return static_cast<const float*>(rotation->data_ptr());
 }
 
-// The forms of queries [B, Hq, D] for each block of positions: checked, and launched ahead of the decode that reads them.
-void map_queries(const Tensor& q, const Tensor& lengths, const OptionalTensor& map, const OptionalTensor& angles,
-                 const Tensor& queries, int64_t kv_heads, int64_t every, bool neighbours) {
-  const int64_t B = q.size(0), Hq = q.size(1), D = q.size(2);
-  check(queries, "queries", ScalarType::Float, {B, Hq, -1, D});
-  million::QueryParams p;
-  p.q = q.data_ptr(), p.dtype = dtype_of(q, "q");
-  p.map = rotation_pointer(map, "query_map", kv_heads, D, &p.map_heads);
-  p.lengths = static_cast<const int*>(lengths.data_ptr());
-  p.out = static_cast<float*>(queries.data_ptr());
-  p.batch = int(B), p.kv_heads = int(kv_heads), p.group = int(Hq / kv_heads);
-  p.origins = int(queries.size(2)), p.every = int(every), p.pairs = 0, p.neighbours = neighbours;
-  p.angles = nullptr;
-  STD_TORCH_CHECK(every > 0 && every % million::kGroupTokens == 0 && every <= million::kNeverRebased, "every=", every,
-                  ": a multiple of 16");
-  if (angles.has_value()) {
-    check(*angles, "angles", ScalarType::Float, {queries.size(2), -1, 2});
-    p.angles = static_cast<const float2*>(angles->data_ptr()), p.pairs = int(angles->size(1));
-    STD_TORCH_CHECK(p.pairs > 0 && 2 * p.pairs <= D, "angles ", shape_of(*angles), ": at most ", D / 2, " pairs");
-  } else {
-    STD_TORCH_CHECK(queries.size(2) == 1, "queries ", shape_of(queries), ": one form without angles");
-  }
-  check_launch(million::launch_map_queries(p, int(D), stream_of(q)), "map_queries", q);
-}
-
 million::Quantizer quantizer(const Tensor& centroids, const OptionalTensor& rotation, const char* name, int64_t heads,
                              int64_t D) {
   STD_TORCH_CHECK(centroids.dim() == 4, name, " centroids have shape ", shape_of(centroids), ", expected [Hc, M, 256, dsub]");
@@ -217,10 +192,9 @@ void append(Tensor keys, Tensor values, Tensor lengths, Tensor key_window, Tenso
 }
 
 void paged_decode(Tensor q, Tensor key_pool, Tensor value_pool, Tensor block_table, Tensor lengths,
-                  OptionalTensor first_valid, Tensor key_table, Tensor value_table, OptionalTensor query_map,
-                  OptionalTensor angles, OptionalTensor value_rotation, Tensor key_window, Tensor value_window,
-                  Tensor queries, Tensor workspace, Tensor out, double scale, int64_t page_size, int64_t every,
-                  bool neighbours, int64_t heads, int64_t blocks) {
+                  OptionalTensor first_valid, Tensor key_table, Tensor value_table, OptionalTensor key_rotation,
+                  OptionalTensor value_rotation, Tensor key_window, Tensor value_window, Tensor workspace, Tensor out,
+                  double scale, int64_t page_size, int64_t heads, int64_t blocks) {
   STD_TORCH_CHECK(q.dim() == 3, "q has shape ", shape_of(q), ", expected [B, Hq, D]");
   STD_TORCH_CHECK(key_pool.dim() == 4 && value_pool.dim() == 4, "pools ", shape_of(key_pool), " and ", shape_of(value_pool),
                   ", expected [pages, Hkv, P / 16, 16 * M]");
@@ -266,10 +240,7 @@ void paged_decode(Tensor q, Tensor key_pool, Tensor value_pool, Tensor block_tab
   p.first_valid = first_valid.has_value() ? static_cast<const int*>(first_valid->data_ptr()) : nullptr;
   p.key_table = static_cast<const __half*>(key_table.data_ptr());
   p.value_table = static_cast<const __half*>(value_table.data_ptr());
-  p.queries = static_cast<const float*>(queries.data_ptr());
-  p.origins = queries.dim() == 4 ? int(queries.size(2)) : 0, p.every = int(every);
-  STD_TORCH_CHECK(int64_t(p.origins) * every >= block_table.size(1) * page_size, "queries ", shape_of(queries),
-                  ": a form for each ", every, " of ", block_table.size(1) * page_size, " positions");
+  p.key_rotation = rotation_pointer(key_rotation, "key_rotation", Hkv, D, &p.key_rotation_heads);
   p.value_rotation = rotation_pointer(value_rotation, "value_rotation", Hkv, D, &p.value_rotation_heads);
   p.key_window = key_window.data_ptr(), p.value_window = value_window.data_ptr();
   p.spans = static_cast<int2*>(workspace.data_ptr());
@@ -279,19 +250,17 @@ void paged_decode(Tensor q, Tensor key_pool, Tensor value_pool, Tensor block_tab
   p.page_size = int(page_size), p.residual = int(R), p.table_width = int(block_table.size(1)), p.grid = int(blocks);
   p.by_page_size = million::Divider(p.page_size), p.by_page_groups = million::Divider(p.page_size / million::kGroupTokens);
   p.by_residual = million::Divider(p.residual), p.by_head_sets = million::Divider(p.head_sets);
-  p.by_grid = million::Divider(p.grid), p.by_every = million::Divider(p.every);
+  p.by_grid = million::Divider(p.grid);
   p.key_table_heads = int(key_table.size(0)), p.value_table_heads = int(value_table.size(0));
   const DeviceGuard guard(q.get_device_index());
-  map_queries(q, lengths, query_map, angles, queries, Hkv, every, neighbours);
   const million::DecodeShape shape{int(D), int(MK), int(MV), int(heads)};
   check_launch(million::launch_paged_decode(p, shape, stream_of(q)), "paged_decode", q);
 }
 
 void contiguous_decode(Tensor q, Tensor key_codes, Tensor value_codes, Tensor lengths, OptionalTensor first_valid,
-                       Tensor key_table, Tensor value_table, OptionalTensor query_map, OptionalTensor angles,
-                       OptionalTensor value_rotation, Tensor key_window, Tensor value_window, Tensor queries,
-                       Tensor workspace, Tensor out, double scale, int64_t page_size, int64_t every, bool neighbours,
-                       int64_t value_layout, int64_t splits) {
+                       Tensor key_table, Tensor value_table, OptionalTensor key_rotation, OptionalTensor value_rotation,
+                       Tensor key_window, Tensor value_window, Tensor workspace, Tensor out, double scale,
+                       int64_t page_size, int64_t value_layout, int64_t splits) {
   STD_TORCH_CHECK(q.dim() == 3, "q has shape ", shape_of(q), ", expected [B, Hq, D]");
   STD_TORCH_CHECK(key_codes.dim() == 4, "key_codes have shape ", shape_of(key_codes), ", expected [B, Hkv, capacity, M]");
   const int64_t B = q.size(0), Hq = q.size(1), D = q.size(2), Hkv = key_codes.size(1);
@@ -341,10 +310,7 @@ void contiguous_decode(Tensor q, Tensor key_codes, Tensor value_codes, Tensor le
   p.first_valid = first_valid.has_value() ? static_cast<const int*>(first_valid->data_ptr()) : nullptr;
   p.key_table = static_cast<const __half*>(key_table.data_ptr());
   p.value_table = static_cast<const __half*>(value_table.data_ptr());
-  p.queries = static_cast<const float*>(queries.data_ptr());
-  p.origins = queries.dim() == 4 ? int(queries.size(2)) : 0, p.every = int(every);
-  STD_TORCH_CHECK(int64_t(p.origins) * every >= capacity, "queries ", shape_of(queries), ": a form for each ", every,
-                  " of ", capacity, " positions");
+  p.key_rotation = rotation_pointer(key_rotation, "key_rotation", Hkv, D, &p.key_rotation_heads);
   p.value_rotation = rotation_pointer(value_rotation, "value_rotation", Hkv, D, &p.value_rotation_heads);
   p.key_window = key_window.data_ptr(), p.value_window = value_window.data_ptr();
   p.counters = static_cast<int*>(workspace.data_ptr());
@@ -354,7 +320,6 @@ void contiguous_decode(Tensor q, Tensor key_codes, Tensor value_codes, Tensor le
   p.key_table_heads = int(key_table.size(0)), p.value_table_heads = int(value_table.size(0));
   p.value_layout = static_cast<million::Layout>(value_layout);
   const DeviceGuard guard(q.get_device_index());
-  map_queries(q, lengths, query_map, angles, queries, Hkv, every, neighbours);
   check_launch(million::launch_lookup_decode(p, int(D), int(MK), int(MV), int(splits), stream_of(q)), "contiguous_decode", q);
 }
 

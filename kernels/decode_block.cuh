@@ -70,6 +70,7 @@ struct Cursor {
 // Shared memory of a block apart from tables and codes.
 template <int D, int HG, int WARPS>
 struct alignas(16) BlockState {
+  __half q[HG][D];                       // rotated queries
   float window[HG][D];                   // the window's sums, with
   float window_max[HG], window_sum[HG];  // their maximum and denominator
   float row_max[WARPS][HG], row_sum[WARPS][HG];
@@ -137,12 +138,55 @@ struct DecodeBlock {
     load_window(loads, s, b, h, share.first, share.stride);
   }
 
-  // The form of a set's first query for codes of the block of positions that `token` is in; one head's form is `pitch`
-  // floats behind that of the one before.
-  __device__ __forceinline__ const float* query_form(int b, int h, int set, int token) const {
-    return p.queries + (q_row(b, h, set) * p.origins + p.by_every.quotient(token)) * D;
+  // Loaded queries -> state.q, rotated if the keys are.  Synchronises.
+  __device__ void prepare_queries(const Loads& loads, int h, Vectors scratch) {
+    const bool rotated = p.key_rotation != nullptr;
+    constexpr int kRowThreads = D / 4, kGroups = 32 / kRowThreads;  // of a row, 16 bytes a thread; rows of a warp at once
+    constexpr int kRows = T::WARPS * kGroups, kSteps = (D + kRows - 1) / kRows;
+    const int quad = lane % kRowThreads, first = warp * kGroups + lane / kRowThreads;
+    const float4* rotation = reinterpret_cast<const float4*>(
+        p.key_rotation + (p.key_rotation_heads > 1 ? h : 0) * int64_t(D) * D);
+#pragma unroll
+    for (int hg = 0; hg < HG; ++hg) {
+      if (warp != hg % T::WARPS) continue;
+#pragma unroll
+      for (int j = 0; j < kWords; ++j) {
+        const float2 pair = unpack2(loads.q[hg][j], p.dtype);
+        if (rotated) reinterpret_cast<float2*>(state.window[hg])[lane * kWords + j] = pair;  // not yet in use
+        else reinterpret_cast<__half2*>(state.q[hg])[lane * kWords + j] = __float22half2_rn(pair);
+      }
+    }
+    if (!rotated) return;
+    float4 r[kSteps];  // rows first, first + kRows, ... of the matrix, zeros past its end
+#pragma unroll
+    for (int j = 0; j < kSteps; ++j) {
+      r[j] = __ldg(rotation + min(first + j * kRows, D - 1) * kRowThreads + quad);
+      if (D % kRows && first + j * kRows >= D) r[j] = make_float4(0.f, 0.f, 0.f, 0.f);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int hg = 0; hg < HG; ++hg) {
+      float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+      for (int j = 0; j < kSteps; ++j) {
+        const float x = state.window[hg][min(first + j * kRows, D - 1)];
+        sum.x += x * r[j].x, sum.y += x * r[j].y, sum.z += x * r[j].z, sum.w += x * r[j].w;
+      }
+      if constexpr (kGroups == 2) {
+        sum.x += __shfl_xor_sync(kFull, sum.x, 16), sum.y += __shfl_xor_sync(kFull, sum.y, 16);
+        sum.z += __shfl_xor_sync(kFull, sum.z, 16), sum.w += __shfl_xor_sync(kFull, sum.w, 16);
+      }
+      static_assert(kGroups <= 2, "a row of 64 or 128");
+      if (lane < kRowThreads) reinterpret_cast<float4*>(scratch[warp] + hg * D)[quad] = sum;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < HG * D; i += kThreads) {
+      float sum = 0.f;
+#pragma unroll
+      for (int w = 0; w < T::WARPS; ++w) sum += scratch[w][i];
+      state.q[i / D][i % D] = __float2half_rn(sum);
+    }
   }
-  __device__ __forceinline__ int query_pitch() const { return p.origins * D; }
 
   // Exact attention over the warps' shares of the window -> state.window.  Synchronises.
   __device__ void window(Loads& loads, const Sequence& s, int b, int h, WindowShare share, Vectors scratch) {
@@ -184,6 +228,7 @@ struct DecodeBlock {
         }
       }
     }
+    if (p.key_rotation != nullptr) __syncthreads();  // scratch is free
 #pragma unroll
     for (int hg = 0; hg < HG; ++hg) {
 #pragma unroll

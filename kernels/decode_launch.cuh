@@ -2,11 +2,30 @@
 #pragma once
 
 #include "decode_mma.cuh"
-#include "early.cuh"
 #include "launch.h"
 #include "merge.cuh"
 
+// Shared memory a block can have on the smallest GPU of the build, KiB (the build sets it).
+#ifndef MILLION_SHARED_KIB
+#define MILLION_SHARED_KIB 227
+#endif
+
 namespace million {
+
+inline cudaError_t launch_early(void (*kernel)(PagedDecodeParams), int blocks, int threads, int shared_bytes,
+                                const PagedDecodeParams& params, cudaStream_t stream) {
+  cudaLaunchAttribute early;  // starts while the kernel ahead drains; ignored before compute capability 9.0
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = MILLION_SHARED_KIB >= 227;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, params);
+}
 
 // Warps and ring depth: registers bound the warps, shared memory the ring.  What does not fit gets a ring of two
 // stages, then fewer warps.
@@ -40,10 +59,10 @@ cudaError_t paged_decode(const PagedDecodeParams& params, cudaStream_t stream) {
     const auto kernel = mma_decode_kernel<T>;
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
     if (error != cudaSuccess) return error;
-    error = launch_early(kernel, dim3(params.grid), T::kThreads, kShared, params, stream);
+    error = launch_early(kernel, params.grid, T::kThreads, kShared, params, stream);
     if (error != cudaSuccess) return error;
     using M = Merge<D, HG>;
-    return launch_early(merge_kernel<M>, dim3(params.batch * params.kv_heads * params.group), M::kThreads, 0, params, stream);
+    return launch_early(merge_kernel<M>, params.batch * params.kv_heads * params.group, M::kThreads, 0, params, stream);
   }
 }
 

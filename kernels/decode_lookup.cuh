@@ -101,14 +101,17 @@ __global__ void __launch_bounds__(T::kThreads) lookup_decode_kernel(const __grid
     for (int i = threadIdx.x; i < T::kValueTableBytes / 16; i += T::kThreads)
       cp_async<16>(value_table + 4 * i, reinterpret_cast<const uint4*>(values) + i);
     cp_async_commit();
-  }
-
-  const uint8_t* key_codes = p.key_codes + head * p.capacity * MK;
-  const uint8_t* value_codes = p.value_codes + head * p.capacity * MV;
-  // Tabulates the products of the query's form for an origin with all centroids.
-  auto tabulate = [&](int origin) {
-    for (int d = threadIdx.x; d < D; d += T::kThreads)
-      q[d] = __ldg(p.queries + (int64_t(row) * p.origins + origin) * D + d) * log_scale;
+    for (int d = threadIdx.x; d < D; d += T::kThreads) {
+      float value = load_element(p.q, int64_t(row) * D + d, p.dtype);
+      if (p.key_rotation != nullptr) {
+        const float* rotation = p.key_rotation + (p.key_rotation_heads > 1 ? h : 0) * int64_t(D) * D;
+        value = 0.f;
+#pragma unroll 8
+        for (int e = 0; e < D; ++e)
+          value = fmaf(load_element(p.q, int64_t(row) * D + e, p.dtype), __ldg(rotation + e * D + d), value);
+      }
+      q[d] = value * log_scale;
+    }
     __syncthreads();
     const __half* keys = p.key_table + (p.key_table_heads > 1 ? h : 0) * int64_t(kCentroids) * D;
     for (int i = threadIdx.x; i < kCentroids * MK; i += T::kThreads) {
@@ -124,15 +127,14 @@ __global__ void __launch_bounds__(T::kThreads) lookup_decode_kernel(const __grid
     }
     cp_async_wait<0>();
     __syncthreads();
-  };
-  int tabulated = -1;
-  for (int tile = begin, stop; tile < end; tile = stop) {
-    const int origin = tile / p.every;
-    stop = min(tile + T::kTile, min(end, (origin + 1) * p.every));
-    if (origin != tabulated) tabulate(tabulated = origin);
+  }
+
+  const uint8_t* key_codes = p.key_codes + head * p.capacity * MK;
+  const uint8_t* value_codes = p.value_codes + head * p.capacity * MV;
+  for (int tile = begin; tile < end; tile += T::kTile) {
     const int token = tile + threadIdx.x;
     float score = -INFINITY;
-    if (token < stop && token >= first_valid) {
+    if (token < end && token >= first_valid) {
       score = 0.f;
       constexpr int kPiece = MK < 16 ? MK : 16;  // bytes of a load
 #pragma unroll
@@ -158,7 +160,7 @@ __global__ void __launch_bounds__(T::kThreads) lookup_decode_kernel(const __grid
     __syncthreads();
 #pragma unroll
     for (int k = 0; k < T::kLaneWords; ++k) sums[k][0] *= factor, sums[k][1] *= factor;
-    for (int group = warp; group * kGroupTokens < stop - tile; group += kWarps) {
+    for (int group = warp; group * kGroupTokens < min(T::kTile, end - tile); group += kWarps) {
       uint4 codes[T::kCodes][T::kLaneWords];
 #pragma unroll
       for (int j = 0; j < T::kCodes; ++j)

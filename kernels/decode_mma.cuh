@@ -11,7 +11,7 @@ template <class T>
 struct MmaBlock : MmaWalk<T> {
   using Base = MmaWalk<T>;
   using Base::g, Base::lane, Base::p, Base::scratch, Base::t, Base::tables, Base::warp;
-  using Base::accumulate, Base::begin, Base::load_operand, Base::score, Base::soften, Base::store_rows;
+  using Base::accumulate, Base::load_operand, Base::score, Base::soften, Base::store_rows;
   using Base::kColumns, Base::kKeyOffsets, Base::kMine, Base::kValueOffsets;
   using typename Base::Walk;
   static constexpr int D = T::D, HG = T::HG;
@@ -98,17 +98,19 @@ struct MmaBlock : MmaWalk<T> {
     };
 #pragma unroll
     for (int i = 0; i < T::STAGES - 1; ++i) ask(i);
+    this->prepare_queries(loads, h, scratch);
     this->window(loads, s, b, h, share, scratch);
     if constexpr (kBulk) wait_for_tables();
     else cp_async_wait<T::STAGES - 1>();
     __syncthreads();
 
     Walk walk;
-    begin(walk);
+    load_operand(walk);
     const RowOffsets<kKeyOffsets> key_offsets([&](int x) { return K::kEntryBytes * K::entry(x, g, t); });
     const RowOffsets<kValueOffsets> value_offsets([&](int x) { return V::kEntryBytes * V::entry(x, g, t); });
+#pragma unroll
+    for (int i = 0; i < T::kSums; ++i) walk.sums[i][0] = walk.sums[i][1] = walk.sums[i][2] = walk.sums[i][3] = 0.f;
     int token = (first + warp) * kGroupTokens;
-    int origin_end = 0;  // tokens from here on need another form of the queries
 
     // Scores of a group and values of the one before are independent, which hides their latencies.
     uint32_t value_codes[V::kLaneBytes / 4] = {};
@@ -118,10 +120,6 @@ struct MmaBlock : MmaWalk<T> {
     for (int round = 0; round < rounds; ++round) {
       cp_async_wait<T::STAGES - 2>();
       if constexpr (T::STAGES == 2) ask(round + 1);  // whose place was read in the round before
-      if (token >= origin_end) {
-        load_operand(walk, this->query_form(b, h, set, token), this->query_pitch(), this->valid_heads(set));
-        origin_end = (p.by_every.quotient(token) + 1) * p.every;
-      }
       uint32_t key_codes[K::kLaneBytes / 4];
       load_codes<K>(key_codes, ring + read);
       float scores[kColumns][4];

@@ -28,8 +28,7 @@ struct Divider {
 //     coded = max(0, lengths[b] - (R - P)) / P * P
 // are codes in pages, the rest exact in the window's ring (position p in slot p mod R).
 struct PagedDecodeParams {
-  const void* q;                // [B, Hq, D], for the window
-  const float* queries;         // [B, Hq, origins, D], for codes: see query_params.h
+  const void* q;                // [B, Hq, D]
   void* out;                    // [B, Hq, D]
   const uint8_t* key_pool;      // [pages, Hkv, P / 16, 16 * MK], fragment order
   const uint8_t* value_pool;    // [pages, Hkv, P / 16, 16 * MV], fragment order
@@ -38,6 +37,7 @@ struct PagedDecodeParams {
   const int* first_valid;       // [B] left padding, or null
   const __half* key_table;      // [Hc, 256, D] centroids, code-major
   const __half* value_table;    // [Hc, 256, D]
+  const float* key_rotation;    // [Hr, D, D] (x_rot = x R), or null
   const float* value_rotation;  // [Hr, D, D], or null
   const void* key_window;       // [B, Hkv, R, D]
   const void* value_window;     // [B, Hkv, R, D]
@@ -45,9 +45,8 @@ struct PagedDecodeParams {
   float* partials;              // (grid + B * Hkv * head_sets) * partial_floats(), written
   float scale;
   int batch, kv_heads, group, head_sets, page_size, residual, table_width, grid;
-  int origins, every;  // a query has a form for each block of `every` positions
-  Divider by_page_size, by_page_groups, by_residual, by_head_sets, by_grid, by_every;
-  int key_table_heads, value_table_heads, value_rotation_heads;
+  Divider by_page_size, by_page_groups, by_residual, by_head_sets, by_grid;
+  int key_table_heads, value_table_heads, key_rotation_heads, value_rotation_heads;
   Dtype dtype;
 };
 

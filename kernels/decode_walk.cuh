@@ -78,21 +78,15 @@ struct MmaWalk : DecodeBlock<T> {
   static constexpr int kKeyOffsets = K::kMask + 1;
   static constexpr int kValueOffsets = V::kMask + 1;
 
-  __device__ __forceinline__ void begin(Walk& walk) const {
+  __device__ __forceinline__ void load_operand(Walk& walk) const {
+    const uint32_t* q_words = reinterpret_cast<const uint32_t*>(state.q);
 #pragma unroll
     for (int i = 0; i < kMine; ++i) walk.offset[i] = -1e30f, walk.denominator[i] = 0.f;
-#pragma unroll
-    for (int i = 0; i < T::kSums; ++i) walk.sums[i][0] = walk.sums[i][1] = walk.sums[i][2] = walk.sums[i][3] = 0.f;
-  }
-
-  // The score operand: queries `first`, `first` + pitch, ... of `heads` heads; heads past them repeat the last.
-  __device__ __forceinline__ void load_operand(Walk& walk, const float* first, int pitch, int heads) const {
     // Heads 2c and 2c + 1 in columns 0-3 and 4-7, or one head.
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       const int hg = T::kPairs ? 2 * c + (g >> 2) : 0;
       const int order = T::kPairs ? (g & 3) ^ (2 * (c & 1)) : g;
-      const float2* words = reinterpret_cast<const float2*>(first + min(hg, heads - 1) * pitch);
 #pragma unroll
       for (int i = 0; i < T::kTiles; ++i)
 #pragma unroll
@@ -100,8 +94,7 @@ struct MmaWalk : DecodeBlock<T> {
           const int word = K::kEntryWords == 1   ? K::entry(high ? second_unit(i) : first_unit(i), order, t)
                            : K::kEntryWords == 2 ? 2 * K::entry(i, order, t) + high
                                                  : 4 * K::entry(i / 2, order, t) + 2 * (i & 1) + high;
-          const __half2 pair = __float22half2_rn(__ldg(words + word));
-          walk.query[c][2 * i + high] = *reinterpret_cast<const uint32_t*>(&pair);
+          walk.query[c][2 * i + high] = q_words[hg * D / 2 + word];
         }
     }
   }

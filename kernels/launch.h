@@ -6,7 +6,6 @@
 #include "decode_params.h"
 #include "encode_params.h"
 #include "lookup_params.h"
-#include "query_params.h"
 
 namespace million {
 
@@ -15,7 +14,6 @@ struct DecodeShape {
   int head_dim, m_keys, m_values, heads;  // heads: query heads of a block, 1, 4 or 8
 };
 
-cudaError_t launch_map_queries(const QueryParams& params, int head_dim, cudaStream_t stream);
 cudaError_t launch_paged_decode(const PagedDecodeParams& params, DecodeShape shape, cudaStream_t stream);
 cudaError_t launch_lookup_decode(const LookupDecodeParams& params, int head_dim, int m_keys, int m_values, int splits,
                                  cudaStream_t stream);

@@ -2,8 +2,12 @@
 #pragma once
 
 #include "decode_lookup.cuh"
-#include "early.cuh"
 #include "launch.h"
+
+// Shared memory a block can have on the smallest GPU of the build, KiB (the build sets it).
+#ifndef MILLION_SHARED_KIB
+#define MILLION_SHARED_KIB 227
+#endif
 
 namespace million {
 

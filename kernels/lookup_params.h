@@ -9,8 +9,7 @@ namespace million {
 
 // Letters and the meaning of lengths as in decode_params.h; P is the granularity in which tokens become codes.
 struct LookupDecodeParams {
-  const void* q;               // [B, Hq, D], for the window
-  const float* queries;        // [B, Hq, origins, D], for codes: see query_params.h
+  const void* q;               // [B, Hq, D]
   void* out;                   // [B, Hq, D]
   const uint8_t* key_codes;    // [B, Hkv, capacity, MK], rows
   const uint8_t* value_codes;  // the same with MV, or transposed pages [B, Hkv, capacity / P, MV, P]
@@ -18,6 +17,7 @@ struct LookupDecodeParams {
   const int* first_valid;      // [B] left padding, or null
   const __half* key_table;     // [Hc, 256, D] centroids, code-major
   const __half* value_table;
+  const float* key_rotation;  // [Hr, D, D] (x_rot = x R), or null
   const float* value_rotation;
   const void* key_window;  // [B, Hkv, R, D], position p in slot p mod R
   const void* value_window;
@@ -26,8 +26,7 @@ struct LookupDecodeParams {
   float scale;
   int64_t capacity;
   int batch, kv_heads, group, page_size, residual;
-  int origins, every;  // a query has a form for each block of `every` positions
-  int key_table_heads, value_table_heads, value_rotation_heads;
+  int key_table_heads, value_table_heads, key_rotation_heads, value_rotation_heads;
   Dtype dtype;
   Layout value_layout;  // kRow or kTransposed
 };

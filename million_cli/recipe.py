@@ -117,9 +117,11 @@ class Quantizer:
             keep the predicted KL divergence least, instead of their own `dsub`.  null: use `keys` and
             `values` as given; also the fallback without gradients.
         widths: dimensions of a subspace to choose from, with `keys.nbits` bits a code.
-        rebase: tokens of a block of positions; keys are coded relative to the origin of theirs, so that codes
-            serve texts of any length (see `pq.rebase`).  0: keys are coded where they lie, for the positions
-            of the calibration windows alone.
+        positions: how many positions of a text the codes are made for, whatever the calibration windows are:
+            sampled keys are turned to positions drawn from them.  null: the model's trained context; 0: those
+            of the windows, as keys lie there.
+        rebase: tokens of a block of positions, instead: keys are coded relative to the origin of theirs, so
+            that codes serve texts of any length (see `pq.rebase`).  0: no blocks.
     """
 
     name: str = "custom"
@@ -130,10 +132,18 @@ class Quantizer:
     values: SideCodes = field(default_factory=SideCodes)
     bits: float | None = None
     widths: tuple[int, ...] = (1, 2, 4, 8)
+    positions: int | None = None
     rebase: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", tuple(self.widths))  # YAML and JSON have lists
+        if self.positions is not None:
+            at_least("quantizer.positions", self.positions, 0)
+            if self.positions and self.rebase:
+                raise UserError(
+                    f"quantizer.positions={self.positions}: accepted without quantizer.rebase={self.rebase}, "
+                    "which serves any position"
+                )
         if self.rebase < 0 or self.rebase % 16:
             raise UserError(f"quantizer.rebase={self.rebase}: accepted are 0 and multiples of 16")
         check("quantizer.scope", self.scope, SCOPES)

@@ -4,11 +4,13 @@
 """
 
 import os
+from importlib.util import find_spec
 
 import torch
 from hypothesis import settings
 
-pytest_plugins = ["job_fixtures", "tiny_fixtures"]
+# A GPU machine runs tests/gpu without Hydra.
+pytest_plugins = ["job_fixtures", "tiny_fixtures"] if find_spec("hydra") else []
 
 torch.set_num_threads(1)
 

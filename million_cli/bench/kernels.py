@@ -22,9 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from million_cli.bench.kernel_cases import LOOKUP_CASES, Case, Config, EncodeCase
 from million_cli.ops import compiled
-from million_cli.ops.compiled import QueryForms
 from million_cli.ops.fragment import FragmentLayout
-from million_cli.pq.rebase import Rebase
 from million_cli.spec import CodeSpec, WindowSpec
 from million_cli.tables import write_table
 
@@ -39,8 +37,6 @@ _ENCODE_REPLAYS = 5  # milliseconds each
 
 
 WINDOW = WindowSpec(page_size=64, residual=128)
-REBASE_EVERY = 2048
-"""Tokens of a block whose keys share an origin; the shipped recipes have as many."""
 
 
 def bench(config: Config, done: Callable[[], Any] = lambda: None) -> Iterator[dict[str, Any]]:
@@ -179,9 +175,7 @@ def _paged_rows(case: Case, device: torch.device, replays: int) -> Iterator[dict
     tables = [torch.randn(Hkv, 256, D, device=device).half() for _ in range(2)]
     lengths = torch.full((B,), case.context, dtype=torch.int32, device=device)
     q = torch.randn(B, case.q_heads, D, dtype=dtype, device=device)
-    rebase = Rebase(REBASE_EVERY, 1e4 ** (-torch.arange(D // 2, dtype=torch.float64) / (D // 2)), "halves")
-    table = torch.stack(rebase.forms(torch.arange(-(-coded // rebase.every))), -1)
-    table = table.to(device, torch.float32).contiguous()
+    plan = compiled.DecodePlan.make(B, case.q_heads, Hkv, D, device)
     rotations = [_rotations(Hkv, D, device) for _ in range(2)]
     buffers = []
     for _ in range(number_of_buffers(nbytes)):
@@ -195,13 +189,11 @@ def _paged_rows(case: Case, device: torch.device, replays: int) -> Iterator[dict
     group, (pools, windows, block_table) = case.q_heads // Hkv, buffers[0]
     positions = torch.arange(coded, case.context, device=device) % R
     for rotated in (False, True):
-        forms = QueryForms(rotations[0], table, rebase.every) if rotated else QueryForms()
-        value_rotation = rotations[1] if rotated else None
-        plan = compiled.DecodePlan.make(B, case.q_heads, Hkv, D, device, forms.origins)
+        key_rotation, value_rotation = rotations if rotated else (None, None)
         launches: list[Callable[[], Tensor]] = [
             partial(
                 compiled.paged_decode,
-                q, pool[0], pool[1], ids, lengths, None, tables[0], tables[1], forms, value_rotation,
+                q, pool[0], pool[1], ids, lengths, None, tables[0], tables[1], key_rotation, value_rotation,
                 window[0], window[1], plan, scale=D**-0.5, page_size=P,
             )
             for pool, window, ids in buffers
@@ -216,7 +208,6 @@ def _paged_rows(case: Case, device: torch.device, replays: int) -> Iterator[dict
             decoded = centroids[codes.long(), torch.arange(layout.spec.M, device=device)].flatten(1)
             if rotated:
                 decoded = decoded @ rotation[0].double().T
-                decoded = decoded if dense else rebase.absolute(decoded, 0)
             dense.append(torch.cat([decoded, newest[0, 0, positions].double()]))
         exact = F.scaled_dot_product_attention(q[0, :group].double(), dense[0], dense[1])
         yield {
@@ -255,8 +246,8 @@ def _lookup_row(
         launches.append(
             partial(
                 compiled.contiguous_decode,
-                q, keys, values, lengths, None, tables[0], tables[1], QueryForms(), None, windows[0],
-                windows[1], plan, scale=D**-0.5, page_size=P, value_layout=layout,
+                q, keys, values, lengths, None, tables[0], tables[1], None, None, windows[0], windows[1],
+                plan, scale=D**-0.5, page_size=P, value_layout=layout,
             )
         )  # fmt: skip
     return {

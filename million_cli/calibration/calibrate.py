@@ -161,7 +161,8 @@ class Calibration:
         informed = quantizer.bits is not None or quantizer.weighting != "none" or "fisher" in metrics
         keys, rebases, turned = sampled.keys, self.rebases(), None
         if self.rotary.movable:
-            positions = Positions(self.rotary, rebases, self._longest(rebases), self.seed)
+            moved = self.recipe.quantizer.positions != 0
+            positions = Positions(self.rotary, rebases, self._longest(rebases), self.seed, moved)
             keys = MovedKeys(keys, sampled.positions, positions, self.model.device)
             turned = positions.information
         gathered = sampled.information
@@ -215,8 +216,12 @@ class Calibration:
         return self.rotary.rebases(every)
 
     def _longest(self, rebases: Sequence[Rebase | None]) -> int:
-        """The number of positions for samples: the model's context, or without blocks the longest window."""
-        return self.rotary.context if rebases else max(len(window) for window in self.windows)
+        """Positions that samples are turned to."""
+        wanted = self.recipe.quantizer.positions
+        if rebases or (wanted is None and self.rotary.movable):
+            return self.rotary.context
+        windows = max(len(window) for window in self.windows)
+        return max(wanted, windows) if wanted and self.rotary.movable else windows
 
     def measure(self, rebases: Sequence[Rebase | None] = ()) -> Measure | None:
         """Measures the cost of coding a side of a layer, if the recipe asks for it."""

@@ -2,9 +2,9 @@
 
 A calibration text is short and a served one long.  So keys, and the gradients behind their Fisher
 information, are sampled as they would be at position 0 (`hf.rotary.Rotary.to_origin`), and turned to drawn
-positions before training: those that a key takes relative to the origin of its block (see `pq.rebase`), over
-the model's whole context; without blocks, those of the windows that were read.  The first tokens of a text
-stay at its start (`information.FIRST_TOKENS`).
+positions before training, over the model's whole context; where keys are coded relative to the origin of
+their block (see `pq.rebase`), to the positions inside it.  The first tokens of a text stay at its start
+(`information.FIRST_TOKENS`).
 
 Letters: L layers, Hkv KV heads, n samples, D head_dim.
 """
@@ -31,27 +31,32 @@ class Positions:
 
     Attributes:
         rotary: of the model.
-        rebases: of each layer; empty if keys are coded where they lie.
+        rebases: of each layer; empty without blocks.
         longest: tokens of the longest text.
         seed: of the draws.
+        moved: whether keys leave the places where they were read.
     """
 
     rotary: Rotary
     rebases: Sequence[Rebase | None]
     longest: int
     seed: int
+    moved: bool = True
 
     def draw(self, layer: int, n: int) -> Tensor:
         """Radians, float64 `[n, pairs]` on the CPU, by which a layer's n samples are turned.
 
-        Where angles depend on the length of the text (dynamic, longrope), each length gets its share.
+        Without blocks, positions are drawn denser towards the start, as L u^2 with uniform u: every text has
+        the early ones.  Where angles depend on the length of the text (dynamic, longrope), each length gets
+        its share.
         """
         generator = torch.Generator().manual_seed((self.seed << 16) + layer)
         lengths = self.rotary.lengths(self.longest)
         parts = []
         for i, length in enumerate(lengths):
             share = n * (i + 1) // len(lengths) - n * i // len(lengths)
-            positions = torch.randint(length, (share,), generator=generator)
+            uniform = torch.rand(share, generator=generator, dtype=torch.float64)
+            positions = (length * (uniform if self.rebases or not self.moved else uniform**2)).long()
             angles = self.rotary.angles(layer, positions, length).cpu()
             rebase = self.rebases[layer] if self.rebases else None
             if rebase is not None:
@@ -95,7 +100,7 @@ class MovedKeys:
         if layout is None:
             return keys
         angles, source = self.positions.draw(i, keys.shape[-2]), self.sources[i]
-        first = source < FIRST_TOKENS
+        first = source < (FIRST_TOKENS if self.positions.moved else self.positions.longest)
         angles[first] = self.positions.rotary.angles(i, source[first], self.positions.longest)
         angles = angles.to(self.device)
         return turn(keys, angles.cos(), angles.sin(), layout)

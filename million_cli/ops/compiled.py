@@ -33,17 +33,16 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "paged_decode(Tensor q, Tensor key_pool, Tensor value_pool, Tensor block_table, Tensor lengths, "
-    "Tensor? first_valid, Tensor key_table, Tensor value_table, Tensor? query_map, Tensor? angles, "
-    "Tensor? value_rotation, Tensor key_window, Tensor value_window, Tensor(a!) queries, "
-    "Tensor(b!) workspace, Tensor(c!) out, float scale, int page_size, int every, bool neighbours, "
-    "int heads, int blocks) -> ()"
+    "Tensor? first_valid, Tensor key_table, Tensor value_table, Tensor? key_rotation, "
+    "Tensor? value_rotation, Tensor key_window, Tensor value_window, Tensor(a!) workspace, Tensor(b!) out, "
+    "float scale, int page_size, int heads, int blocks) -> ()"
 )
 
 _LIBRARY.define(
     "contiguous_decode(Tensor q, Tensor key_codes, Tensor value_codes, Tensor lengths, Tensor? first_valid, "
-    "Tensor key_table, Tensor value_table, Tensor? query_map, Tensor? angles, Tensor? value_rotation, "
-    "Tensor key_window, Tensor value_window, Tensor(a!) queries, Tensor(b!) workspace, Tensor(c!) out, "
-    "float scale, int page_size, int every, bool neighbours, int value_layout, int splits) -> ()"
+    "Tensor key_table, Tensor value_table, Tensor? key_rotation, Tensor? value_rotation, Tensor key_window, "
+    "Tensor value_window, Tensor(a!) workspace, Tensor(b!) out, float scale, int page_size, "
+    "int value_layout, int splits) -> ()"
 )
 
 
@@ -53,10 +52,6 @@ def _writes_only(*arguments: object) -> None:
 
 for _name in ("pq_encode", "append", "paged_decode", "contiguous_decode"):
     torch.library.register_fake(f"million::{_name}", _writes_only, lib=_LIBRARY)
-
-
-NEVER_REBASED = 1 << 30
-"""Positions of a block where there is one only; agrees with kernels/query_params.h."""
 
 
 class CodeLayout(IntEnum):
@@ -164,47 +159,18 @@ def append(
 
 
 @dataclass(frozen=True)
-class QueryForms:
-    """How queries are made to score codes (kernels/query_params.h).
-
-    map: float32 [Hr, D, D] or None, q R; angles: float32 [origins, n, 2], cosine and sine of the angle of the
-    origin of each block of `every` positions, or None: keys are not rebased; neighbours: the pairs of dims
-    are (2 i, 2 i + 1), not (i, i + n).
-    """
-
-    map: Tensor | None = None
-    angles: Tensor | None = None
-    every: int = NEVER_REBASED
-    neighbours: bool = False
-
-    @property
-    def origins(self) -> int:
-        """Forms of a query."""
-        return 1 if self.angles is None else len(self.angles)
-
-
-@dataclass(frozen=True)
 class DecodePlan:
     """Launch of a paged decode for one shape on one device, with the memory it works in.
 
-    Launches that may overlap need a plan each.
+    Launches that may overlap need a workspace each.
     """
 
     heads: int
     blocks: int
     workspace: Tensor
-    queries: Tensor
 
     @classmethod
-    def make(
-        cls,
-        batch: int,
-        q_heads: int,
-        kv_heads: int,
-        head_dim: int,
-        device: torch.device,
-        origins: int = 1,
-    ) -> DecodePlan:
+    def make(cls, batch: int, q_heads: int, kv_heads: int, head_dim: int, device: torch.device) -> DecodePlan:
         group = q_heads // kv_heads
         heads = heuristics.heads_per_block(group)
         sets = batch * kv_heads * heuristics.head_sets(group, heads)
@@ -212,8 +178,7 @@ class DecodePlan:
             sets, torch.cuda.get_device_properties(device).multi_processor_count
         )
         size = heuristics.workspace_bytes(sets, heads, head_dim, blocks)
-        workspace = torch.empty(size, dtype=torch.uint8, device=device)
-        return cls(heads, blocks, workspace, _forms(batch, q_heads, origins, head_dim, device))
+        return cls(heads, blocks, torch.empty(size, dtype=torch.uint8, device=device))
 
 
 def code_major(centroids: Tensor) -> Tensor:
@@ -231,7 +196,7 @@ def paged_decode(
     first_valid: Tensor | None,
     key_table: Tensor,
     value_table: Tensor,
-    forms: QueryForms,
+    key_rotation: Tensor | None,
     value_rotation: Tensor | None,
     key_window: Tensor,
     value_window: Tensor,
@@ -241,7 +206,7 @@ def paged_decode(
     page_size: int,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Attention of one query token a sequence to codes in pages and to the window.
+    """Attention of one query token a sequence to codes in pages and to the window; one launch.
 
     Args:
         q: [B, Hq, D] float16 or bfloat16, not rotated by the quantizer.
@@ -250,8 +215,7 @@ def paged_decode(
         lengths: int32 [B], all tokens of a sequence; WindowSpec.coded_length(length) of them are codes.
         first_valid: int32 [B] or None, tokens before it are padding.
         key_table, value_table: float16 [Hc, 256, D] of `code_major`.
-        forms: how queries score coded keys.
-        value_rotation: float32 [Hr, D, D] or None: results are o_rot R^T.
+        key_rotation, value_rotation: float32 [Hr, D, D] or None: scores are q R . k_rot, results o_rot R^T.
         key_window, value_window: [B, Hkv, R, D] in q's dtype, position p in slot p mod R.
         scale: factor of the scores, positive.
 
@@ -265,8 +229,8 @@ def paged_decode(
     out = torch.empty_like(q) if out is None else out
     torch.ops.million.paged_decode(
         q, key_pool, value_pool, block_table, lengths, first_valid, key_table, value_table,
-        forms.map, forms.angles, value_rotation, key_window, value_window, plan.queries, plan.workspace, out,
-        scale, page_size, forms.every, forms.neighbours, plan.heads, plan.blocks,
+        key_rotation, value_rotation, key_window, value_window, plan.workspace, out,
+        scale, page_size, plan.heads, plan.blocks,
     )  # fmt: skip
     return out
 
@@ -280,23 +244,15 @@ class LookupPlan:
 
     splits: int
     workspace: Tensor
-    queries: Tensor
 
     @classmethod
-    def make(
-        cls, batch: int, q_heads: int, head_dim: int, device: torch.device, origins: int = 1
-    ) -> LookupPlan:
+    def make(cls, batch: int, q_heads: int, head_dim: int, device: torch.device) -> LookupPlan:
         rows = batch * q_heads
         splits = heuristics.lookup_splits(
             rows, torch.cuda.get_device_properties(device).multi_processor_count
         )
         size = heuristics.lookup_workspace_bytes(rows, head_dim, splits)
-        workspace = torch.zeros(size, dtype=torch.uint8, device=device)
-        return cls(splits, workspace, _forms(batch, q_heads, origins, head_dim, device))
-
-
-def _forms(batch: int, q_heads: int, origins: int, head_dim: int, device: torch.device) -> Tensor:
-    return torch.empty(batch, q_heads, origins, head_dim, dtype=torch.float32, device=device)
+        return cls(splits, torch.zeros(size, dtype=torch.uint8, device=device))
 
 
 def contiguous_decode(
@@ -307,7 +263,7 @@ def contiguous_decode(
     first_valid: Tensor | None,
     key_table: Tensor,
     value_table: Tensor,
-    forms: QueryForms,
+    key_rotation: Tensor | None,
     value_rotation: Tensor | None,
     key_window: Tensor,
     value_window: Tensor,
@@ -332,8 +288,7 @@ def contiguous_decode(
     load()
     out = torch.empty_like(q) if out is None else out
     torch.ops.million.contiguous_decode(
-        q, key_codes, value_codes, lengths, first_valid, key_table, value_table, forms.map, forms.angles,
-        value_rotation, key_window, value_window, plan.queries, plan.workspace, out, scale, page_size,
-        forms.every, forms.neighbours, int(value_layout), plan.splits,
+        q, key_codes, value_codes, lengths, first_valid, key_table, value_table, key_rotation, value_rotation,
+        key_window, value_window, plan.workspace, out, scale, page_size, int(value_layout), plan.splits,
     )  # fmt: skip
     return out

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from million_cli.ops import compiled
-from million_cli.ops.compiled import CodeLayout, DecodePlan, LookupPlan, QueryForms
+from million_cli.ops.compiled import CodeLayout, DecodePlan, LookupPlan
 from million_cli.ops.fragment import FragmentLayout
 from million_cli.ops.layouts import Layout, RowLayout
 from million_cli.ops.store_ops import DeviceLayer
@@ -24,8 +24,6 @@ class _Tables:
     centroids: float32 [Hc, M, 256, dsub], to encode; by_code: float16 [Hc, 256, D], to decode;
     on_vectors, on_queries: float32 [Ht, D, D] or None, which the kernels call a rotation: R of x R when they
     encode, and R of q R and o R^T when they attend, the inverse transpose of the former (see `pq.transform`).
-    Keys that are rebased come to `encode` as they are coded; `append` finds them in the window as the model
-    made them, and takes `rebased_map` for R.
     """
 
     centroids: Tensor
@@ -54,7 +52,6 @@ class _Compiled(ABC):
 
     def __init__(self) -> None:
         self._tables: dict[LayerPQ, _Tables] = {}
-        self._forms: dict[tuple[LayerPQ, int], QueryForms] = {}
 
     @abstractmethod
     def layouts(self, spec: PQSpec, page_size: int) -> tuple[Layout, Layout]: ...
@@ -65,8 +62,6 @@ class _Compiled(ABC):
     ) -> Tensor: ...
 
     def encode(self, layer: DeviceLayer, keys: Tensor, values: Tensor, start: int) -> None:
-        if layer.pq_keys.rebase is not None:
-            keys = layer.pq_keys.rebase.relative(keys, start)
         for x, pq, codes, layout in zip(
             (keys, values),
             (layer.pq_keys, layer.pq_values),
@@ -99,27 +94,12 @@ class _Compiled(ABC):
             layer.block_table,
             of_keys.centroids,
             of_values.centroids,
-            of_keys.on_vectors if layer.key_map is None else layer.key_map,
+            of_keys.on_vectors,
             of_values.on_vectors,
             page_size=layer.page_size,
             key_layout=self.code_layouts[0],
             value_layout=self.code_layouts[1],
         )
-
-    def _forms_of(self, pq: LayerPQ, capacity: int, device: torch.device) -> QueryForms:
-        """How queries score the keys of `pq` at up to `capacity` positions."""
-        rebase = pq.rebase
-        origins = 1 if rebase is None else max(1, -(-capacity // rebase.every))
-        forms = self._forms.get((pq, origins))
-        if forms is None:
-            by = self._tables_of(pq).on_queries
-            forms = QueryForms(by)
-            if rebase is not None:
-                table = torch.stack(rebase.forms(torch.arange(origins)), -1)
-                table = table.to(device, torch.float32).contiguous()
-                forms = QueryForms(by, table, rebase.every, rebase.layout == "neighbours")
-            self._forms[pq, origins] = forms
-        return forms
 
     def _tables_of(self, pq: LayerPQ) -> _Tables:
         tables = self._tables.get(pq)
@@ -135,7 +115,7 @@ class CompiledPaged(_Compiled):
 
     def __init__(self) -> None:
         super().__init__()
-        self._plans: dict[tuple[int, int, int, int, torch.device, int], DecodePlan] = {}
+        self._plans: dict[tuple[int, int, int, int, torch.device], DecodePlan] = {}
 
     def layouts(self, spec: PQSpec, page_size: int) -> tuple[Layout, Layout]:
         return (
@@ -149,9 +129,7 @@ class CompiledPaged(_Compiled):
         assert layer.block_table is not None
         of_keys, of_values = self._tables_of(layer.pq_keys), self._tables_of(layer.pq_values)
         B, Hq, D = query.shape
-        capacity = layer.block_table.shape[1] * layer.page_size
-        forms = self._forms_of(layer.pq_keys, capacity, query.device)
-        shape = (B, Hq, layer.key_window.shape[1], D, query.device, forms.origins)
+        shape = (B, Hq, layer.key_window.shape[1], D, query.device)
         plan = self._plans.get(shape)
         if plan is None:
             plan = self._plans[shape] = DecodePlan.make(*shape)
@@ -164,7 +142,7 @@ class CompiledPaged(_Compiled):
             first_valid,
             of_keys.by_code,
             of_values.by_code,
-            forms,
+            of_keys.on_queries,
             of_values.on_queries,
             layer.key_window,
             layer.value_window,
@@ -181,7 +159,7 @@ class CompiledContiguous(_Compiled):
 
     def __init__(self) -> None:
         super().__init__()
-        self._plans: dict[tuple[int, int, int, torch.device, int], LookupPlan] = {}
+        self._plans: dict[tuple[int, int, int, torch.device], LookupPlan] = {}
 
     def layouts(self, spec: PQSpec, page_size: int) -> tuple[Layout, Layout]:
         return RowLayout(spec.keys, page_size), RowLayout(spec.values, page_size)
@@ -190,8 +168,7 @@ class CompiledContiguous(_Compiled):
         self, query: Tensor, layer: DeviceLayer, *, scale: float, first_valid: Tensor | None
     ) -> Tensor:
         of_keys, of_values = self._tables_of(layer.pq_keys), self._tables_of(layer.pq_values)
-        forms = self._forms_of(layer.pq_keys, layer.key_codes.shape[2], query.device)
-        shape = (*query.shape, query.device, forms.origins)
+        shape = (*query.shape, query.device)
         plan = self._plans.get(shape)
         if plan is None:
             plan = self._plans[shape] = LookupPlan.make(*shape)
@@ -203,7 +180,7 @@ class CompiledContiguous(_Compiled):
             first_valid,
             of_keys.by_code,
             of_values.by_code,
-            forms,
+            of_keys.on_queries,
             of_values.on_queries,
             layer.key_window,
             layer.value_window,

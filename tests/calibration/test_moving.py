@@ -76,7 +76,11 @@ def test_draws_are_positions_of_a_block_or_of_the_windows(every: int) -> None:
     at = drawn[:, -1].round()
     torch.testing.assert_close(drawn, at[:, None].expand_as(drawn), rtol=0, atol=1e-2)
     assert (int(at.min()), int(at.max())) == (0, (every or 200) - 1)
-    counts = at.long().bincount(minlength=every or 200).double()
+    if not every:  # denser towards the start: L u^2
+        at = (200 * (at + 0.5)).sqrt().floor()
+        assert 0.9 < at.mean() / 100 < 1.1
+        return
+    counts = at.long().bincount(minlength=every).double()
     assert counts.std() / counts.mean().sqrt() == pytest.approx(1, abs=0.3)  # uniform: a Poisson count each
     assert torch.equal(made.draw(0, 5000), angles)  # of the seed and the layer alone
     assert not torch.equal(positions(rotary(), every, seed=1).draw(0, 5000), angles)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from million_cli.ops import compiled
 from million_cli.ops.fragment import FragmentLayout
-from million_cli.pq.rebase import Layout, Rebase
 from million_cli.spec import CodeSpec, WindowSpec
 
 DEVICE = torch.device("cuda")
@@ -30,7 +29,6 @@ class Shape:
     dtype: torch.dtype = torch.float16
     tables: str = "head"
     rotations: str | None = None
-    rebase: tuple[int, int, Layout] | None = None  # tokens a block, rotated pairs of dims, which they are
     first_valid: list[int] | None = None
     scores: str = "normal"  # "equal", "dominant" or "wide" (logits to +-30)
     spare_pages: int = 3  # of the pools, among those that are used
@@ -71,10 +69,6 @@ class Case:
             self.key_rotation, self.value_rotation = (
                 torch.linalg.qr(torch.randn(Hr, D, D, device=DEVICE))[0].contiguous() for _ in range(2)
             )
-        self.rebase = None
-        if shape.rebase is not None:
-            every, pairs, layout = shape.rebase
-            self.rebase = Rebase(every, 0.7 ** torch.arange(pairs, dtype=torch.float64), layout)
         self.key_window, self.value_window = (
             torch.randn(B, Hkv, R, D, dtype=dtype, device=DEVICE) for _ in range(2)
         )
@@ -108,8 +102,6 @@ class Case:
             x = table[head, subspace, codes].reshape(shape.kv_heads, last - first, D)
             if rotation is not None:
                 x = x @ rotation.double().expand(shape.kv_heads, D, D).transpose(1, 2)
-            if self.rebase is not None and not both:
-                x = self.rebase.absolute(x, first)
             both.append(x)
         return both[0], both[1]
 
@@ -126,26 +118,13 @@ class Case:
         keys, values = (torch.cat(parts, 1)[:, start:] for parts in both)
         return keys, values
 
-    def forms(self) -> compiled.QueryForms:
-        """How queries score the case's keys."""
-        if self.rebase is None:
-            return compiled.QueryForms(self.key_rotation)
-        capacity = self.block_table.shape[1] * self.shape.window.page_size
-        forms = self.rebase.forms(torch.arange(-(-capacity // self.rebase.every)))
-        table = torch.stack(forms, -1).to(DEVICE, torch.float32).contiguous()
-        neighbours = self.rebase.layout == "neighbours"
-        return compiled.QueryForms(self.key_rotation, table, self.rebase.every, neighbours)
-
-    def plan(self) -> compiled.DecodePlan:
-        B, Hq, D = self.q.shape
-        return compiled.DecodePlan.make(B, Hq, self.shape.kv_heads, D, DEVICE, self.forms().origins)
-
     def decode(self, plan: compiled.DecodePlan | None = None, out: Tensor | None = None) -> Tensor:
-        plan = plan or self.plan()
+        B, Hq, D = self.q.shape
+        plan = plan or compiled.DecodePlan.make(B, Hq, self.shape.kv_heads, D, DEVICE)
         return compiled.paged_decode(
             self.q, self.key_pool, self.value_pool, self.block_table, self.lengths, self.first_valid,
             compiled.code_major(self.key_centroids), compiled.code_major(self.value_centroids),
-            self.forms(), self.value_rotation, self.key_window, self.value_window,
+            self.key_rotation, self.value_rotation, self.key_window, self.value_window,
             plan, scale=self.scale, page_size=self.shape.window.page_size, out=out,
         )  # fmt: skip
 

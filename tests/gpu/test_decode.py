@@ -8,7 +8,6 @@ from cases import Case, Shape
 
 from million_cli.ops import compiled
 from million_cli.ops.fragment import DSUBS
-from million_cli.pq.rebase import Layout
 from million_cli.spec import WindowSpec
 
 # Floor of the bound: where torch's own error is near zero (e.g. one token), ours is a rounding of the output.
@@ -69,23 +68,6 @@ def test_scopes(rotations: str, tables: str) -> None:
     check(Shape([3000, 200], 4, 4, rotations=rotations, tables=tables))
 
 
-@pytest.mark.parametrize("layout", ["halves", "neighbours"])
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("group", [1, 4, 8])
-def test_keys_relative_to_origins(group: int, head_dim: int, layout: Layout) -> None:
-    """Blocks shorter and longer than a round of the warps, all dims rotated and a part of them."""
-    M = head_dim // 2, head_dim // 2
-    for every, pairs in ((64, head_dim // 2), (1024, head_dim // 4), (2048, head_dim // 2)):
-        for rotations in (None, "head"):
-            rebase = (every, pairs, layout)
-            check(Shape([5000, 130, 2112], 2 * group, 2, head_dim, *M, rotations=rotations, rebase=rebase))
-
-
-@pytest.mark.parametrize("group", [1, 3, 7, 12])
-def test_keys_relative_to_origins_in_long_texts(group: int) -> None:
-    check(Shape([40_000, 300], 2 * group, 2, rotations="head", rebase=(2048, 64, "halves")))
-
-
 @pytest.mark.parametrize("group", [1, 4])
 def test_left_padding(group: int) -> None:
     check(Shape([1000, 1000, 1000, 1000], 2 * group, 2, first_valid=[0, 5, 500, 990]))
@@ -123,7 +105,6 @@ def test_random(seed: int) -> None:
             draw.choice([torch.float16, torch.bfloat16]),
             draw.choice(["head", "layer"]),
             draw.choice([None, "head", "layer"]),
-            draw.choice([None, (page * draw.choice([1, 4, 16]), head_dim // 4, "neighbours")]),
             [draw.randint(0, n - 1) for n in lengths] if draw.random() < 0.3 else None,
             draw.choice(["normal", "normal", "equal", "dominant", "wide"]),
             seed,
@@ -133,7 +114,7 @@ def test_random(seed: int) -> None:
 
 def test_repeats_are_equal() -> None:
     case = Case(Shape([9000, 40, 700], 8, 2))
-    plan = case.plan()
+    plan = compiled.DecodePlan.make(3, 8, 2, 128, case.q.device)
     first = case.decode(plan)
     for _ in range(20):
         assert torch.equal(case.decode(plan, out=torch.full_like(first, torch.nan)), first)
@@ -145,7 +126,7 @@ def test_errors_name_the_shape() -> None:
     with pytest.raises(RuntimeError, match=r"q \[1, 7, 128\] has no whole number of heads"):
         compiled.paged_decode(
             case.q, case.key_pool, case.value_pool, case.block_table, case.lengths, None,
-            compiled.code_major(case.key_centroids), compiled.code_major(case.value_centroids), case.forms(),
-            None, case.key_window, case.value_window, case.plan(),
+            compiled.code_major(case.key_centroids), compiled.code_major(case.value_centroids), None, None,
+            case.key_window, case.value_window, compiled.DecodePlan.make(1, 8, 2, 128, case.q.device),
             scale=1.0, page_size=64,
         )  # fmt: skip

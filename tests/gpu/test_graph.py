@@ -6,7 +6,6 @@ from cases import DEVICE, Case, Shape
 from test_lookup import contiguous_codes
 
 from million_cli.ops import compiled, heuristics
-from million_cli.pq.rebase import Layout
 
 
 class Step:
@@ -14,12 +13,12 @@ class Step:
 
     def __init__(self, shape: Shape) -> None:
         self.case = case = Case(shape)
-        B, _, D = case.q.shape
+        B, Hq, D = case.q.shape
         self.k, self.v = (
             torch.zeros(B, shape.kv_heads, D, dtype=shape.dtype, device=DEVICE) for _ in range(2)
         )
         self.tables = [compiled.code_major(c) for c in (case.key_centroids, case.value_centroids)]
-        self.forms, self.plan = case.forms(), case.plan()
+        self.plan = compiled.DecodePlan.make(B, Hq, shape.kv_heads, D, DEVICE)
         self.out = torch.empty_like(case.q)
 
     def __call__(self) -> None:
@@ -30,7 +29,7 @@ class Step:
             c.key_centroids, c.value_centroids, c.key_rotation, c.value_rotation, page_size=page,
         )  # fmt: skip
         compiled.paged_decode(
-            c.q, c.key_pool, c.value_pool, c.block_table, c.lengths, None, *self.tables, self.forms,
+            c.q, c.key_pool, c.value_pool, c.block_table, c.lengths, None, *self.tables, c.key_rotation,
             c.value_rotation, c.key_window, c.value_window, self.plan, scale=c.scale, page_size=page,
             out=self.out,
         )  # fmt: skip
@@ -39,11 +38,10 @@ class Step:
 @pytest.mark.parametrize(
     ("q_heads", "rotations", "M"), [(2, None, (64, 64)), (8, "head", (64, 64)), (16, None, (128, 16))]
 )
-@pytest.mark.parametrize("rebase", [None, (512, 64, "halves")])
 def test_a_thousand_replayed_steps_equal_eager_ones(
-    q_heads: int, rotations: str | None, M: tuple[int, int], rebase: tuple[int, int, Layout] | None
+    q_heads: int, rotations: str | None, M: tuple[int, int]
 ) -> None:
-    shape = Shape([2000, 100, 40], q_heads, 2, 128, *M, rotations=rotations, rebase=rebase)
+    shape = Shape([2000, 100, 40], q_heads, 2, 128, *M, rotations=rotations)
     eager, replayed = Step(shape), Step(shape)
     for step in (eager, replayed):  # the block tables have room for 2000 tokens
         step.case.lengths.fill_(300)
@@ -81,9 +79,9 @@ def test_opcheck() -> None:
     torch.library.opcheck(
         torch.ops.million.paged_decode.default,
         (
-            c.q, c.key_pool, c.value_pool, c.block_table, c.lengths, None, *step.tables, None, None, None,
-            c.key_window, c.value_window, step.plan.queries, step.plan.workspace, step.out, c.scale, 64,
-            compiled.NEVER_REBASED, False, step.plan.heads, step.plan.blocks,
+            c.q, c.key_pool, c.value_pool, c.block_table, c.lengths, None, *step.tables, None, None,
+            c.key_window,
+            c.value_window, step.plan.workspace, step.out, c.scale, 64, step.plan.heads, step.plan.blocks,
         ),
         test_utils=checks,
     )  # fmt: skip
@@ -100,9 +98,8 @@ def test_opcheck() -> None:
         torch.library.opcheck(
             torch.ops.million.contiguous_decode.default,
             (
-                c.q, *contiguous_codes(c, layout), c.lengths, None, *step.tables, None, None, None,
-                c.key_window, c.value_window, plan.queries, plan.workspace, step.out, c.scale, 64,
-                compiled.NEVER_REBASED, False, int(layout), plan.splits,
+                c.q, *contiguous_codes(c, layout), c.lengths, None, *step.tables, None, None, c.key_window,
+                c.value_window, plan.workspace, step.out, c.scale, 64, int(layout), plan.splits,
             ),
             test_utils=checks,
         )  # fmt: skip

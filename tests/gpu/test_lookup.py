@@ -35,9 +35,9 @@ def decode(case: Case, layout: CodeLayout) -> Tensor:
     return compiled.contiguous_decode(
         case.q, keys, values, case.lengths, case.first_valid,
         compiled.code_major(case.key_centroids), compiled.code_major(case.value_centroids),
-        case.forms(), case.value_rotation, case.key_window, case.value_window,
-        compiled.LookupPlan.make(B, Hq, D, DEVICE, case.forms().origins),
-        scale=case.scale, page_size=case.shape.window.page_size, value_layout=layout,
+        case.key_rotation, case.value_rotation, case.key_window, case.value_window,
+        compiled.LookupPlan.make(B, Hq, D, DEVICE), scale=case.scale, page_size=case.shape.window.page_size,
+        value_layout=layout,
     )  # fmt: skip
 
 
@@ -45,16 +45,6 @@ def check(shape: Shape, layout: CodeLayout) -> None:
     case = Case(shape)
     ours, own = case.errors(decode(case, layout))
     assert ours <= ROUNDED * own + 1e-4, f"{ours:.2e} against torch's {own:.2e}: {shape}"
-
-
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("every", [64, 1024, 2048])
-def test_keys_relative_to_origins(every: int, head_dim: int) -> None:
-    M = head_dim // 2, head_dim // 2
-    for rotations, kind in ((None, "halves"), ("head", "neighbours")):
-        rebase = (every, head_dim // 4, kind)
-        shape = Shape([5000, 130, 2112], 6, 2, head_dim, *M, rotations=rotations, rebase=rebase)
-        check(shape, CodeLayout.ROW)
 
 
 @pytest.mark.parametrize("layout", [CodeLayout.ROW, CodeLayout.TRANSPOSED])

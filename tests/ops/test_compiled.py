@@ -9,8 +9,8 @@ from million_cli.ops import compiled
 WRITTEN = {
     "pq_encode": {"codes", "workspace"},
     "append": {"key_window", "value_window", "key_codes", "value_codes"},
-    "paged_decode": {"queries", "workspace", "out"},
-    "contiguous_decode": {"queries", "workspace", "out"},
+    "paged_decode": {"workspace", "out"},
+    "contiguous_decode": {"workspace", "out"},
 }
 
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from million_cli.ops import compiled
-from million_cli.ops.compiled import DecodePlan, LookupPlan, QueryForms
+from million_cli.ops.compiled import DecodePlan, LookupPlan
 from million_cli.ops.compiled_store import CompiledContiguous, CompiledPaged
 from million_cli.ops.store_ops import DeviceLayer
 from million_cli.pq.codebook import LayerPQ
-from million_cli.pq.rebase import Rebase, turn
 from million_cli.pq.transform import Transform
 from million_cli.spec import CodeSpec
 
@@ -51,12 +49,10 @@ def test_vectors_and_queries_get_inverse_maps(
     on_vectors = [call[2] for call in calls["pq_encode"]]
     on_append = list(calls["append"][0][10:12])
     (attend,) = calls.get("paged_decode") or calls["contiguous_decode"]
-    (forms,) = [a for a in attend if isinstance(a, QueryForms)]
-    assert forms.angles is None
-    on_queries = [forms.map, *(a for a in attend if isinstance(a, torch.Tensor) and a.shape == (H, D, D))]
+    on_queries = [a for a in attend if isinstance(a, torch.Tensor) and a.shape == (H, D, D)]
     if not mapped:
         assert on_vectors == on_append == [None, None]
-        assert on_queries == [None]
+        assert on_queries == []
         return
     for sides in (on_vectors, on_append):
         for passed, pq in zip(sides, (keys, values), strict=True):
@@ -66,41 +62,3 @@ def test_vectors_and_queries_get_inverse_maps(
         q, x = torch.randn(2, H, 5, D)
         torch.testing.assert_close((q @ queries) @ (x @ vectors).mT, q @ x.mT, atol=1e-3, rtol=0)
         torch.testing.assert_close((x @ vectors) @ queries.mT, x, atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("mapped", [True, False])
-@pytest.mark.parametrize("layout", ["halves", "neighbours"])
-def test_rebased_keys_and_queries_give_the_scores(
-    mapped: bool, layout: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The encoded keys of a prompt, the mapped keys of a step, and each form of a query agree."""
-    calls: dict[str, list[tuple[Any, ...]]] = {}
-    for name in ("pq_encode", "append", "paged_decode"):
-        monkeypatch.setattr(compiled, name, lambda *a, _n=name, **k: calls.setdefault(_n, []).append(a))
-    monkeypatch.setattr(DecodePlan, "make", lambda *shape: None)
-    rebase = Rebase(2 * P, 0.5 ** torch.arange(24, dtype=torch.float64), layout)
-    keys, values = replace(side(0, mapped), rebase=rebase), side(1, mapped)
-    codes, window = torch.zeros(9, H, 1, 8, dtype=torch.uint8), torch.zeros(1, H, R, D)
-    table = torch.arange(9, dtype=torch.int32)[None]
-    x = torch.randn(1, H, P, D, generator=torch.Generator().manual_seed(5))
-    start = 5 * P  # in the third block
-    key_map = rebase.matrix(2, D)[None]
-    if keys.transform is not None:
-        key_map = key_map @ keys.transform.encode
-    layer = DeviceLayer(keys, values, codes, codes, table, window, window, torch.ones(1), P, key_map)
-    ops = CompiledPaged()
-    ops.encode(layer, x, x, start)
-    ops.append(layer, x[:, :, 0], x[:, :, 0])
-    ops.attend(torch.zeros(1, 2 * H, D), layer, scale=1.0, first_valid=None)
-
-    given, on_vectors = calls["pq_encode"][0][0], calls["pq_encode"][0][2]
-    coded = given if on_vectors is None else given @ on_vectors
-    torch.testing.assert_close(x @ calls["append"][0][10], coded, atol=1e-4, rtol=0)
-    (forms,) = [a for a in calls["paged_decode"][0] if isinstance(a, QueryForms)]
-    assert forms.origins == 5  # of nine pages, two a block
-    assert forms.neighbours == (layout == "neighbours")
-    q = torch.randn(1, H, 3, D, generator=torch.Generator().manual_seed(6))
-    assert forms.angles is not None
-    turned = turn(q, forms.angles[2, :, 0], -forms.angles[2, :, 1], layout)
-    turned = turned if forms.map is None else turned @ forms.map
-    torch.testing.assert_close(turned @ coded.mT, q @ x.mT, atol=2e-3, rtol=0)
