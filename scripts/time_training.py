@@ -49,6 +49,7 @@ def write_samples(folder: Path, fingerprint: ModelFingerprint, n: int) -> None:
         "seen": n,
         "shards": shards,
         "progress": {},
+        "at_origin": False,
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
 

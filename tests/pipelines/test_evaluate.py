@@ -252,7 +252,7 @@ def test_a_table_that_is_gone_is_made_again(job, tmp_path, caplog):
 def test_a_row_says_that_positions_are_not_covered(job, mode):
     """Windows of 128 tokens, read with a codebook of windows of 64."""
     settings = ["sample.context=64", "sample.long_share=0", "reuse=false", f"task.mode={mode}"]
-    (as_it_lies,) = run_evaluate(job(*settings, "quantizer.rebase=0"))
+    (as_it_lies,) = run_evaluate(job(*settings, "quantizer.positions=0"))
     assert [str(one) for one in as_it_lies.fallbacks] == [
         "codes for every position -> codes for the first 64: the text goes on beyond those that the codebook "
         "was calibrated for, where its errors are larger"
