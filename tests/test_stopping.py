@@ -22,6 +22,18 @@ FULL = Path("/dev/full")
 needs_dev_full = pytest.mark.skipif(not FULL.exists(), reason="no /dev/full")
 
 
+@pytest.fixture(autouse=True)
+def signals_are_heard():
+    """A test run that a shell put into the background inherits an ignored SIGINT."""
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def run_million(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
     """`million` in a process of its own."""
     return subprocess.run(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
+import pytest
 import torch
 from closed_form import HKV, D, assert_holds, cropped, dense_attention, random_layers
 from examples import examples
@@ -20,6 +21,8 @@ from million_cli.cache.paged import PagedStore
 from million_cli.cache.store import CodeStore
 from million_cli.cache.view import attend
 from million_cli.spec import WindowSpec
+
+pytestmark = pytest.mark.timeout(300)  # CI's profile has many examples
 
 LAYERS, G = 2, 2
 TOLERANCE = 1e-12

@@ -37,8 +37,11 @@ def test_masks_are_those_of_transformers(
         padding_mask(B, q_length, T, offset, **options),
         sdpa_mask(B, q_length, T, offset, **options),
     )
-    assert (ours is None) == (theirs is None)
-    assert ours is None or torch.equal(ours, theirs)
+    if ours is None:  # nothing is hidden; transformers says so only of windows longer than the text
+        assert theirs is None or theirs.all()
+    else:
+        assert theirs is not None
+        assert torch.equal(ours, theirs)
 
 
 def test_a_decode_step_gets_a_view() -> None:
