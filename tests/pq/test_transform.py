@@ -110,10 +110,17 @@ def test_the_predicted_divergence_is_half_the_weighted_error():
 
 
 def test_centroids_in_half_precision_cost_nothing():
-    """What the compiled kernels read: fp16 tables, of vectors that lie far from the origin as keys do."""
-    x = torch.randn(1, H, 4000, D) + 8 * torch.randn(1, H, 1, D)
-    F = information(100)[None] * 1e-6
-    side = train_quantizer(x, SPEC, Setup(), transform=fit_transform("opq", x, SPEC, Setup(), F)).quantizer
-    exact = side.layer(0)
-    half = LayerPQ(exact.spec, exact.centroids.half().float(), exact.transform)
-    assert (weighted_error(x[0], half, F[0]) < 1.005 * weighted_error(x[0], exact, F[0])).all()
+    """What the compiled kernels read: fp16 tables, of vectors that lie far from the origin as keys do.
+
+    Rounding moves a centroid off the mean of its vectors, so one draw gains or loses a little; the mean does not.
+    """
+    rises = []
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(1, H, 4000, D, generator=generator) + 8 * torch.randn(1, H, 1, D, generator=generator)
+        F = information(100)[None] * 1e-6
+        transform = fit_transform("opq", x, SPEC, Setup(), F)
+        exact = train_quantizer(x, SPEC, Setup(), transform=transform).quantizer.layer(0)
+        half = LayerPQ(exact.spec, exact.centroids.half().float(), exact.transform)
+        rises.append(weighted_error(x[0], half, F[0]) / weighted_error(x[0], exact, F[0]))
+    assert torch.stack(rises).mean() < 1.001
