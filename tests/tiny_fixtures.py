@@ -40,21 +40,24 @@ class Tiny:
         return make
 
 
+SHAPE = {
+    "model_type": "llama",
+    "vocab_size": 260,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+}
+"""A model of two layers that a test trains and reads in a second."""
+
+
 @pytest.fixture(scope="session")
 def tiny() -> Tiny:
-    shape = {
-        "model_type": "llama",
-        "vocab_size": 260,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.3,
-    }
-    model, tokenizer = random_model(shape, seed=0, dtype="float64"), byte_tokenizer()
+    model, tokenizer = random_model(SHAPE, seed=0, dtype="float64"), byte_tokenizer()
     recipe = Recipe.named(
         "pq-4bit",
         "quantizer.bits=null",

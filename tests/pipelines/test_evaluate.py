@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from tiny_fixtures import SHAPE
 
 from million_cli.errors import UserError
 from million_cli.hf.models import random_model
@@ -147,19 +148,7 @@ def test_records_hold_configuration_device_and_dtype(job):
 
 def model_folder(folder):
     """A random model with its tokenizer, saved."""
-    shape = {
-        "model_type": "llama",
-        "vocab_size": 260,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.3,
-    }
-    random_model(shape, seed=0).save_pretrained(folder)
+    random_model(SHAPE, seed=0).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
 

@@ -112,7 +112,7 @@ def test_the_predicted_divergence_is_half_the_weighted_error():
 def test_centroids_in_half_precision_cost_nothing():
     """What the compiled kernels read: fp16 tables, of vectors that lie far from the origin as keys do.
 
-    Rounding moves a centroid off the mean of its vectors, so one draw gains or loses a little; the mean does not.
+    Rounding moves a centroid off the mean of its vectors: one draw gains or loses, the mean does not.
     """
     rises = []
     for seed in range(8):
